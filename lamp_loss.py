@@ -1,0 +1,171 @@
+"""LAMP, Loss AMPlification (Park et al. 2023), Sec. 2.2 and 2.3: Eq. 1 and Eq. 2.
+
+Train an autoencoder on normal images only, but amplify its reconstruction error: scale the error
+map into [0, 1) (Eq. 2), then take -log(1 - error) of each element and sum (Eq. 1). The slope is
+1 at a small error and 1/eps at the largest, so the worst pixels of each image count most.
+
+    loss = ReconstructionLoss("l2", lamp=True)(y_hat, y)    # y, y_hat: (B, C, H, W) in [0, 1]
+
+What the paper leaves open is an argument here, with a default and a reason (see `scale`): the
+value of eps, what the maximum in Eq. 2 is taken over, and whether gradient flows through it.
+The sum in Eq. 1 is over the elements of one image, as the authors' poster writes it
+(y_{h,w,c}); a batch is averaged. Run this file to draw the paper's Fig. 2: python lamp_loss.py
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def l1(y_hat, y):
+    """Absolute error |y_hat - y|: (B, C, H, W) -> (B, C, H, W), not reduced."""
+    return (y_hat - y).abs()
+
+
+def l2(y_hat, y):
+    """Squared error (y_hat - y)^2: (B, C, H, W) -> (B, C, H, W), not reduced."""
+    return (y_hat - y).square()
+
+
+def ssim(y_hat, y, size=11, sigma=1.5, k1=0.01, k2=0.03):
+    """1 - SSIM (Wang et al. 2004), 0 (equal) to 2: (B, C, H, W) -> (B, C, H, W), not reduced.
+
+    Images in [0, 1]; Gaussian window of size x size pixels. Borders are reflected, so the map keeps
+    its size. Raises ValueError where an image is smaller than the window. Rounding can take
+    1 - SSIM below 0, where Eq. 2 is not defined: it is clamped there.
+    """
+    channels, height, width = y.shape[1:]
+    if min(height, width) < size:
+        raise ValueError(f"SSIM needs images of at least {size}x{size} pixels, got {height}x{width}"
+                         ": use larger images, or loss l1 or l2")
+    offset = torch.arange(size, dtype=y.dtype, device=y.device) - size // 2
+    window = torch.exp(-0.5 * (offset / sigma) ** 2)
+    window = (window / window.sum()).expand(5 * channels, 1, size)      # one copy a channel
+    planes = torch.cat([y_hat, y, y_hat * y_hat, y * y, y_hat * y], 1)  # (B, 5C, H, W)
+    planes = F.pad(planes, [size // 2] * 4, mode="reflect")
+    planes = F.conv2d(planes, window[..., None], groups=5 * channels)   # the Gaussian separates:
+    planes = F.conv2d(planes, window[:, :, None], groups=5 * channels)  # columns, then rows
+    mean_hat, mean, square_hat, square, product = planes.chunk(5, dim=1)
+    variances = square_hat - mean_hat * mean_hat + square - mean * mean
+    covariance = product - mean_hat * mean
+    c1, c2 = k1 ** 2, k2 ** 2                                           # data range 1
+    similarity = ((2 * mean_hat * mean + c1) * (2 * covariance + c2)
+                  / ((mean_hat * mean_hat + mean * mean + c1) * (variances + c2)))
+    return (1 - similarity).clamp(min=0)
+
+
+BASE_LOSSES = {"l1": l1, "l2": l2, "ssim": ssim}
+
+
+def scale(error, eps=0.1, over="image", detach=True):
+    """Eq. 2: L' = L / max(L) * (1 - eps), in [0, 1 - eps]: (B, ...) -> (B, ...), dtype kept.
+
+    error: any map of errors >= 0.
+    eps: the slope of LAMP at the largest error is 1/eps, so eps decides how far the worst pixel
+        outweighs the others. The paper gives no value; with .001 the training follows a few pixels
+        and detection drops, .1 is this repository's default (README, "Which reading?").
+    over: the maximum is that of each "image" or of the whole "batch". By image, the loss of an
+        image does not depend on its neighbors in the batch, and every image weighs alike.
+    detach: the maximum is a constant to the gradient. Otherwise Eq. 2 is invariant to the error's
+        scale, and no gradient would push the error as a whole down.
+    Errors below 1e-30 are not scaled up (all zero stays zero, never NaN).
+    Raises ValueError for another `over`, or an eps outside (0, 1) or too small for the dtype.
+    """
+    if over not in ("image", "batch"):
+        raise ValueError(f'over must be "image" or "batch", got {over!r}')
+    info = torch.finfo(error.dtype)
+    if not info.eps <= eps < 1:
+        raise ValueError(f"eps must be at least {info.eps:.1e} (or 1 - eps is 1 in {error.dtype} and "
+                         f"the logarithm infinite) and below 1, got {eps}")
+    if over == "image":
+        top = error.flatten(1).amax(1).view(-1, *[1] * (error.dim() - 1))  # (B, 1, 1, 1)
+    else:
+        top = error.max()
+    top = top.detach() if detach else top
+    return error / top.clamp(min=max(info.tiny, 1e-30)) * (1 - eps)
+
+
+def lamp(error, eps=0.1, over="image", detach=True):
+    """Eq. 1 before its sum: -log(1 - L') with L' from Eq. 2: (B, ...) -> (B, ...), dtype kept.
+
+    In [0, -log(eps)], never below L'; its slope in L' is 1 / (1 - L'). Arguments as in `scale`.
+    Pitfall: Eq. 2 cancels the error's scale, lamp(c * error) = lamp(error). The value of LAMP
+    therefore says nothing about progress: print the base error beside it.
+    """
+    return -torch.log1p(-scale(error, eps, over, detach))
+
+
+class ReconstructionLoss(nn.Module):
+    """A training loss: base error, amplified or not, summed over C, H, W (Eq. 1), mean over B.
+
+    loss: "l1", "l2" or "ssim"; lamp: amplify it; eps, over, detach: see `scale`.
+    forward(y_hat, y): two (B, C, H, W) -> scalar. `base_error` then holds the loss before
+    amplification, a detached scalar reduced alike. Raises ValueError for an unknown loss.
+    """
+
+    def __init__(self, loss="l2", lamp=False, eps=0.1, over="image", detach=True):
+        super().__init__()
+        if loss not in BASE_LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(BASE_LOSSES)}, got {loss!r}")
+        self.loss, self.lamp = loss, lamp
+        self.eps, self.over, self.detach = eps, over, detach
+        self.base_error = None
+
+    def forward(self, y_hat, y):
+        error = BASE_LOSSES[self.loss](y_hat, y)                        # (B, C, H, W)
+        self.base_error = error.detach().sum() / len(y)
+        if self.lamp:
+            error = lamp(error, self.eps, self.over, self.detach)
+        return error.sum() / len(y)
+
+
+def figure_2(path, eps=0.1):
+    """The paper's Fig. 2: L1, L2, their LAMP and the gradients, as a table and a picture at path.
+
+    One pixel's error y_hat - y runs from -1 to 1; Eq. 2's maximum is that range's, 1.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5.2), layout="constrained")
+    print(f"eps = {eps}\n{'error':>6}{'L1':>9}{'LAMP':>9}{'slope':>9}{'L2':>9}{'LAMP':>9}{'slope':>9}")
+    columns = []
+    for row, (name, base) in enumerate((("L_1", l1), ("L_2", l2))):
+        error = (torch.arange(-200.0, 201.0) / 200).requires_grad_()
+        plain = base(error, torch.zeros_like(error))
+        amplified = lamp(plain[None], eps)[0]
+        slopes = [torch.autograd.grad(v.sum(), error, retain_graph=True)[0] for v in (plain, amplified)]
+        columns += [plain.tolist(), amplified.tolist(), slopes[1].tolist()]
+        for values, label in (((plain, slopes[0]), f"$\\mathcal{{{name[0]}}}_{name[2]}$"),
+                              ((amplified, slopes[1]), f"$\\mathcal{{L}}_{name[2]}^{{LAMP}}$")):
+            for axis, value in zip(axes[row], values):
+                axis.plot(error.detach(), value.detach(), label=label)
+        axes[row, 0].set(ylabel="loss", xlabel="$\\hat{y} - y$")
+        axes[row, 1].set(ylabel="gradient", xlabel="$\\hat{y} - y$")
+        axes[row, 0].legend()
+    for i in range(200, 401, 25):
+        print(f"{i / 200 - 1:6.3f}" + "".join(f"{column[i]:9.3f}" for column in columns))
+    figure.text(0.5, -0.03, f"python lamp_loss.py, eps = {eps}", ha="center", fontsize=8)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    print(f"wrote {path}")
+
+
+def main(argv=None):
+    import argparse
+    from pathlib import Path
+    parser = argparse.ArgumentParser(description="Draw the paper's Fig. 2: LAMP and its gradients.")
+    parser.add_argument("--eps", type=float, default=0.1, help="Eq. 2's epsilon (default: 0.1)")
+    parser.add_argument("--out", type=Path, default=Path("figures/figure2.png"),
+                        help="picture to write (default: figures/figure2.png)")
+    args = parser.parse_args(argv)
+    if not 0 < args.eps < 1:
+        parser.error(f"--eps must lie between 0 and 1, got {args.eps}")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        figure_2(args.out, args.eps)
+    except OSError as error:
+        parser.error(f"cannot write {args.out}: {error.strerror}")
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()
