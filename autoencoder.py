@@ -75,6 +75,27 @@ class ConvAutoencoder(nn.Module):
         return 2 if size == 2 ** self.depth and self.patches == 1 else 1
 
 
+@torch.no_grad()
+def reestimate_batch_norm(model, batches):
+    """Batch norm's running statistics, anew: a plain average over `batches`, what the model sees.
+
+    Needed before an evaluation: with momentum .1 they remember ten batches, ten images at batch size
+    1; with .01, a short training does not fill them. Training never reads them, and no random
+    number is drawn, so this changes no training. Of other layers it changes nothing.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    model.eval()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None                                       # PyTorch's sign for a plain average
+        m.train()
+    for y in batches if norms else ():
+        model(y)
+    for m in norms:
+        m.momentum = 0.1
+    model.eval()
+
+
 def main(argv=None):
     import argparse
     parser = argparse.ArgumentParser(description="Print the autoencoder's layers: shape, parameters.")

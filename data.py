@@ -10,6 +10,7 @@ operation; no workers, no transforms, no pickling. Two kinds of data sets:
 - folders in MVTec AD's layout (mvtec, folder): `normal` names categories, each with its own test set
 Run this file to see which are found, and where they are looked for: python data.py
 """
+import hashlib
 import os
 import warnings
 from collections import namedtuple
@@ -61,6 +62,20 @@ def load(dataset, normal=None, data_dir="data", image_size=None, validate=False)
         cut = len(images) * 5 // 6                                  # MNIST: 50,000 and 10,000
         images, labels, test = images[:cut], labels[:cut], (images[cut:], labels[cut:])
     return labeled((images, labels), test, classes, normal, image_size)
+
+
+def split(classes, seed, share=0.1):
+    """Indices of the normals to train on, and of those set aside for the threshold: 10 % of each
+    class (at least one, where it has two), drawn by the seed alone."""
+    generator, classes = torch.Generator().manual_seed(seed), np.array(classes)
+    train, held = [], []
+    for name in sorted(set(classes.tolist())):
+        mine = torch.from_numpy(np.flatnonzero(classes == name))
+        mine = mine[torch.randperm(len(mine), generator=generator)]
+        count = max(int(share * len(mine)), min(1, len(mine) - 1))
+        held.append(mine[:count])
+        train.append(mine[count:])
+    return torch.cat(train).sort().values, torch.cat(held).sort().values
 
 
 # ---- labeled images: one class, or several, is normal ----
@@ -125,6 +140,44 @@ def download(kind, data_dir, train):
             f"{kind.__name__} is not in {where} and could not be downloaded ({error}). Get "
             f"{', '.join(files)} from {urls[-1]} on another machine and unpack in {where}, "
             "or say where it is with --data-dir") from None
+
+
+# ---- features: computed once ----
+
+def cached_features(backbone, images, owners, folder):
+    """A Backbone's raw features of images (N, C, H, W) uint8: float16 (N, C', g, g), computed once.
+
+    owners: N names; each category is one file in `folder`, named by a hash of its images and of the
+    backbone's weights and size. A file that is damaged or of something else is never used.
+    """
+    zero = torch.zeros(1, 3, backbone.size, backbone.size, device=backbone.mean.device)
+    out = torch.empty(len(images), *backbone.raw(zero).shape[1:], dtype=torch.half)
+    weights, owners = hashlib.sha256(f"{backbone.name} {backbone.size}".encode()), np.array(owners)
+    for tensor in backbone.stages.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    for name in sorted(set(owners.tolist())):
+        index, digest = torch.from_numpy(np.flatnonzero(owners == name)), weights.copy()
+        digest.update(f"{list(images[index].shape)}".encode() + images[index].numpy().tobytes())
+        out[index] = read_or_compute(backbone, images[index], Path(folder) / f"{digest.hexdigest()}.pt")
+    return out
+
+
+def read_or_compute(backbone, images, path):
+    def checksum(features):
+        return hashlib.sha256(features.numpy().tobytes()).hexdigest()
+    try:
+        stored = torch.load(path, weights_only=True)
+        if stored["key"] == path.stem and stored["checksum"] == checksum(stored["features"]):
+            return stored["features"]
+    except Exception:                                               # missing or damaged: compute it
+        pass
+    features = torch.cat([backbone.raw(to_float(x.to(backbone.mean.device))).cpu()
+                          for x in images.split(32)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")                      # two runs may write the same file
+    torch.save({"key": path.stem, "checksum": checksum(features), "features": features}, part)
+    os.replace(part, path)
+    return features
 
 
 # ---- folders in MVTec AD's layout ----

@@ -25,6 +25,7 @@ import torchvision
 from torch import nn
 
 import evaluate as ev
+from autoencoder import reestimate_batch_norm
 from data import DATASETS, to_float
 from lamp_loss import BASE_LOSSES, ReconstructionLoss
 from uniad import Backbone
@@ -60,12 +61,12 @@ FREE = ("epochs", "pictures", "out", "data_dir", "cache_dir", "device", "threads
 
 def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=1e-3,
         optimizer="adam", schedule="cosine", weight_decay=0.0, clip=0.0, seed=0, amp=False,
-        prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: None, save=lambda s: None):
+        prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {}, save=lambda s: None):
     """Train model to reconstruct inputs (N, C, H, W), or to predict targets (N, ...) from them.
 
     criterion(x_hat, x) -> scalar, summed over C, H, W; prepare: stored inputs -> what the model sees.
-    evaluate(epoch) -> image AUROC or None, and save(state), are called after each epoch; resume is
-    such a state. Returns the history, a list of dicts. Raises FloatingPointError where the loss is
+    evaluate(epoch) -> metrics or {}, and save(state), are called after each epoch; resume is such a
+    state. Returns the history, a list of dicts. Raises FloatingPointError where the loss is
     not finite, ValueError where a batch is smaller than `smallest`.
     """
     device, order = next(model.parameters()).device, torch.Generator().manual_seed(seed)
@@ -91,8 +92,10 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             total += loss.item() * len(index)
             base += float(getattr(criterion, "base_error", 0)) / y[0].numel() * len(index)
         seconds = time.perf_counter() - start
+        metrics = evaluate(epoch)
         history.append({"epoch": epoch, "loss": total / len(inputs), "base_error": base / len(inputs),
-                        "image_auroc": evaluate(epoch), "seconds": round(seconds, 3)})
+                        "image_auroc": metrics.get("image_auroc"),
+                        "pixel_auroc": metrics.get("pixel_auroc"), "seconds": round(seconds, 3)})
         print_epoch(history, epochs)
         save({"optimizer": optim.state_dict(), "order": order.get_state(),
               "rng": torch.get_rng_state(), "history": history})
@@ -132,27 +135,6 @@ def print_epoch(history, epochs):
     keep = auroc or not left or not sys.stdout.isatty()     # on a terminal, others are overwritten
     print(f"epoch {h['epoch']:>4}/{epochs}   loss {h['loss']:.5f}   base error {h['base_error']:.5f}"
           f"{auroc}   {h['seconds']:.1f} s, {remaining:.0f} s left", end="\n" if keep else "\r", flush=True)
-
-
-@torch.no_grad()
-def reestimate_batch_norm(model, inputs, prepare=to_float):
-    """Batch norm's running statistics, anew from all inputs, in batches of about 256.
-
-    A running average with momentum .1 remembers ten batches: at batch size 1, ten images. Training
-    never reads these statistics, and no generator is touched, so this changes no training.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    model.eval()
-    device = next(model.parameters()).device
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None                                   # a plain average over what follows
-        m.train()
-    for batch in inputs.tensor_split(-(-len(inputs) // 256)) if norms else ():
-        model(prepare(batch.to(device)))
-    for m in norms:
-        m.momentum = 0.1
-    model.eval()
 
 
 # ---- the command ----
@@ -298,38 +280,46 @@ def open_folder(c):
 
 def write_checkpoint(path, fixed, model, progress):
     """model.pt beside its place, then moved into it: a kill at any moment leaves a whole one."""
-    torch.save({**fixed, "model": model.state_dict(), **progress}, path.with_suffix(".tmp"))
+    torch.save({**progress, **fixed, "model": model.state_dict()}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def reestimate(model, inputs):
+    """Batch norm's statistics from all training inputs, in batches of about 256."""
+    device = next(model.parameters()).device
+    batches = inputs.train.tensor_split(-(-len(inputs.train) // 256))
+    reestimate_batch_norm(model, (inputs.prepare(x.to(device)) for x in batches))
+
+
 def evaluate_during(epoch, c, model, data, inputs):
-    """Image AUROC on the test set every --eval-every epochs, for the curve; nothing is chosen by it."""
+    """Metrics on the test set every --eval-every epochs, for the curve; nothing is chosen by them."""
     if not c["eval_every"] or epoch % c["eval_every"] or epoch == c["epochs"]:
-        return None
+        return {}
     if c["reestimate"]:
-        reestimate_batch_norm(model, inputs.train, inputs.prepare)
-    return ev.judge(model, c, data, inputs)[0]["image_auroc"]
+        reestimate(model, inputs)
+    return ev.judge(model, c, data, inputs)[0]
 
 
 def finish(c, model, data, inputs, save, state, command, started):
     """Evaluate the last epoch; write model.pt with the threshold, run.json and the pictures."""
     if c["reestimate"]:
-        reestimate_batch_norm(model, inputs.train, inputs.prepare)
+        reestimate(model, inputs)
     metrics, judged = ev.judge(model, c, data, inputs)
     history = state["history"]
     seconds = sum(h["seconds"] for h in history)
     metrics["train_seconds"] = round(seconds, 2)
     metrics["images_per_second"] = len(history) and round(len(inputs.train) * len(history) / seconds, 1)
     if history:
-        history[-1]["image_auroc"] = metrics["image_auroc"]
+        history[-1].update({key: metrics[key] for key in ("image_auroc", "pixel_auroc")})
     save({**state, "threshold": metrics["threshold"], "scale": judged.scale})
     record = {"command": command, "config": c, "versions": versions(),
               "seconds": round(time.perf_counter() - started, 2), "history": history, "metrics": metrics}
     out = Path(c["out"])
     (out / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if c["pictures"]:
-        ev.draw_curves(out / "curves.png", record, judged, data)
-        ev.draw_examples(out / "examples.png", model, data, inputs, judged)
+        ev.draw_curves(out / "curves.png", [record], judged, data.labels)
+        ev.draw_examples(out / "examples.png", model, inputs, data.test, inputs.test, judged,
+                         data.labels, data.masks)
     print_result(record, out)
 
 
