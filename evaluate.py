@@ -6,11 +6,10 @@ and reconstruction, whatever the training loss (LAMP paper, Sec. 3.1, "Evaluatio
     UniAD & co.   map = L2 norm over C of f_hat - f, upsampled;   score = max after 16x16 averaging
 AUROC is never flipped below .5 (the authors' UniAD code reports .222 as .778), the last epoch is
 reported (not the best on the test set), and the threshold comes from normal images alone.
-
     python evaluate.py RUN...                       numbers and pictures again, from what was saved
     python evaluate.py RUN --image FILE...          score, threshold, verdict, heat map of new images
     python evaluate.py --table results/ten-digits   a table of the README, in Markdown
-    python evaluate.py --history RUN... --out F.png loss and AUROC over the epochs, in one figure
+    python evaluate.py --history F.png RUN...       error and AUROC over the epochs of several runs
 """
 import argparse
 import json
@@ -30,19 +29,18 @@ from lamp_loss import l2
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD
 
 LAYOUT = 1                                                  # of model.pt; raise it when that changes
-
-
-def unified(c, shape):
-    return UniAD(shape[0], shape[1], neighbors=c["neighbors"], jitter=c["jitter"], query=c["query"])
-
-
-MODELS = {                                                  # name: (config, input shape) -> model
-    "ae": lambda c, shape: ConvAutoencoder(shape[0], c["depth"], c["width"], c["latent"],
-                                           c["kernel_size"], c["patches"]),
-    "uniad": unified, "transformer": unified,
-    "mlp": lambda c, shape: FeatureMLP(shape[0]), "cnn": lambda c, shape: FeatureCNN(shape[0]),
-}
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
+MODELS = {                                                  # name: (config, input shape) -> model
+    "ae": lambda c, shape: ConvAutoencoder(shape[0], *(c[k] for k in (
+        "depth", "width", "latent", "kernel_size", "patches"))),
+    "uniad": lambda c, shape: UniAD(*shape[:2], **{k: c[k] for k in ("neighbors", "jitter", "query")}),
+    "mlp": lambda c, shape: FeatureMLP(shape[0]),
+    "cnn": lambda c, shape: FeatureCNN(shape[0]),
+}
+MODELS["transformer"] = MODELS["uniad"]                     # with other defaults, in train.py
+# train, held, test: stored tensors; prepare: stored -> model's input; images: those of `train`
+Inputs = namedtuple("Inputs", "train held test prepare images")
+Judged = namedtuple("Judged", "maps scores threshold scale")
 
 
 # ---- scores and metrics ----
@@ -129,28 +127,23 @@ def measure(scores, maps, data):
     """Metrics of a test set: of each category, and their mean; None where one does not apply."""
     labels, owner, each = data.labels.numpy(), np.array(data.categories), {}
     for name in dict.fromkeys(data.categories):
-        mine = owner == name
-        m = each[name] = {"image_auroc": auroc(scores[mine], labels[mine]),
-                          "image_ap": average_precision(scores[mine], labels[mine]),
-                          "pixel_auroc": None, "pixel_aupro": None}
+        mine, m = owner == name, dict.fromkeys(METRICS)
+        m["image_auroc"] = auroc(scores[mine], labels[mine])
+        m["image_ap"] = average_precision(scores[mine], labels[mine])
         if data.masks is not None:                          # an anomaly without mask is left out
             known = np.flatnonzero(mine & (data.masks.flatten(1).any(1).numpy() | (labels == 0)))
             m["pixel_auroc"] = pixel_auroc(maps[known], data.masks[known])
             m["pixel_aupro"] = aupro(maps[known], data.masks[known])
+        each[name] = m
     values = {key: [m[key] for m in each.values() if m[key] is not None] for key in METRICS}
     return {**{key: float(np.mean(v)) if v else None for key, v in values.items()}, "categories": each}
 
 
 # ---- from a configuration to inputs, from a run to a model, from both to a judgment ----
 
-# train, held, test: stored tensors; prepare: stored -> model's input; images: those of `train`
-Inputs = namedtuple("Inputs", "train held test prepare images")
-Judged = namedtuple("Judged", "maps scores threshold scale")
-
-
 def open_data(c, device="cpu", standardized=None):
-    """Config -> Data, Inputs, Backbone (None for images). standardized: the mean and std of features
-    in a saved run; fitted on the training part when None."""
+    """Config -> Data, Inputs, Backbone (None for images). standardized: the mean and std of the
+    features in a saved run; when None, they are fitted on the training part."""
     native = c["model"] != "ae" and c["dataset"] not in ("mvtec", "folder")     # scaled by Backbone
     data = load(c["dataset"], c["normal"], c["data_dir"], None if native else c["image_size"],
                 c["validate"])
@@ -215,17 +208,16 @@ def judge(model, c, data, inputs):
 
 def describe(m):
     """Metrics as lines to print: of each category where there are several, and their mean."""
-    def show(value):
-        return "-" if value is None else f"{value:.4f}"
     lines = [" " * 20 + "".join(f"{key.replace('_', ' '):>13}" for key in METRICS)]
-    each = list(m["categories"].items()) if len(m["categories"]) > 1 else []
-    for name, values in [*each, ("mean" if each else "result", m)]:
-        lines.append(f"{name[:19]:<20}" + "".join(f"{show(values[key]):>13}" for key in METRICS))
+    for name, row in [*(m["categories"].items() if len(m["categories"]) > 1 else ()), ("mean", m)]:
+        lines.append(f"{name[:19]:<20}" + "".join(
+            f"{'-':>13}" if row[key] is None else f"{row[key]:13.4f}" for key in METRICS))
     if m["image_auroc"] is None:
-        lines.append("- : no metric without both normal and anomalous test images")
+        lines.append("-: a metric needs both normal and anomalous test images")
     if m["threshold"] is not None:
-        lines.append(f"threshold {m['threshold']:.5g}: on the test set it gives a false positive rate of "
-                     f"{show(m['fpr'])}, a true positive rate of {show(m['tpr'])}")
+        rates = [math.nan if m[key] is None else m[key] for key in ("fpr", "tpr")]
+        lines.append(f"threshold {m['threshold']:.5g}: false positive rate {rates[0]:.4f}, true "
+                     f"positive rate {rates[1]:.4f} on the test set")
     return "\n".join(lines)
 
 
@@ -289,7 +281,8 @@ def draw_examples(path, model, inputs, images, stored, judged, labels=None, mask
     """
     picked, names = torch.arange(len(images)), ("normal", "anomaly")
     if labels is not None:
-        order = [judged.scores.argsort()[labels[judged.scores.argsort()] == k] for k in (0, 1)]
+        order = judged.scores.argsort()
+        order = [order[labels[order] == k] for k in (0, 1)]
         picked = torch.cat([i[torch.linspace(0, len(i) - 1, min(4, len(i))).long()] for i in order])
     if not len(picked):
         return
@@ -299,12 +292,10 @@ def draw_examples(path, model, inputs, images, stored, judged, labels=None, mask
     figure, axes = canvas(len(rows), len(picked), 1.5 * len(picked) + 1, 1.7 * len(rows) + 0.3)
     for (name, row), line in zip(rows.items(), axes):
         line[0].set_ylabel(name)
-        for axis, image in zip(line, row):
+        for axis, x in zip(line, row):
+            x = to_float(x).movedim(0, -1).clamp(0, 1).expand(-1, -1, 3) if x.dim() == 3 else x
+            axis.imshow(x, cmap="inferno", vmin=0, vmax=judged.scale if name == "error" else 1)
             axis.set(xticks=[], yticks=[])
-            if image.dim() == 3:
-                axis.imshow(to_float(image).movedim(0, -1).clamp(0, 1).expand(-1, -1, 3))
-            else:
-                axis.imshow(image, cmap="inferno", vmin=0, vmax=1 if name == "mask" else judged.scale)
     for axis, i in zip(axes[0], picked):
         axis.set_title(f"{'' if labels is None else names[labels[i]]} {judged.scores[i]:.3g}\n"
                        f"{verdict(judged.scores[i], judged.threshold)}", fontsize=8)
@@ -321,71 +312,62 @@ def verdict(score, limit):
 
 def interval(values, level=0.95):
     """Half the width of the Student-t confidence interval of a mean; NaN for a single value."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    return stats.t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
+    return stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values) if len(values) > 1 else math.nan
 
 
 def read_results(folder, rows, metric):
     """{row: {lamp: {category: mean over seeds}}} of all run.json below a folder; a row is what the
-    options in `rows` are. A plain run stands in every row that differs in LAMP's options alone."""
-    cells, free = {}, ("eps", "over", "detach")
+    options `rows` are. Options of LAMP are None in a plain run."""
+    cells = {}
     for path in sorted(Path(folder).rglob("run.json")):
         run = json.loads(path.read_text())
-        c = {**run["config"], **{k: v for k, v in run["metrics"].items() if k != "categories"}}
-        c["setting"] = "unified" if c["normal"] not in run["metrics"]["categories"] else "separate"
-        for category, values in run["metrics"]["categories"].items():
-            c.update({**c, "category": category}, **values)
-            row = tuple(None if key in free and not c["lamp"] else c[key] for key in rows)
-            if c[metric] is not None:
-                cell = cells.setdefault(row, {True: {}, False: {}})[c["lamp"]]
-                cell.setdefault(category, []).append(c[metric])
-    for cell in cells.values():
-        for lamp in cell:
-            cell[lamp] = {category: float(np.mean(v)) for category, v in cell[lamp].items()}
-    for row in [r for r in cells if None not in r]:
-        plain = tuple(None if key in free else value for key, value in zip(rows, row))
-        cells[row][False] = cells[row][False] or cells.get(plain, cells[row])[False]
-    return cells
+        c = {**run["metrics"], **run["config"]}
+        c.update({} if c["lamp"] else dict.fromkeys(("eps", "over", "detach")))
+        c["setting"] = "separate" if c["normal"] in c["categories"] else "unified"
+        for c["category"], values in c["categories"].items():
+            value = {**c, **values}[metric]
+            cell = cells.setdefault(tuple(c[key] for key in rows), {True: {}, False: {}})[c["lamp"]]
+            cell.setdefault(c["category"], []).extend([] if value is None else [value])
+    return {row: {lamp: {k: float(np.mean(v)) for k, v in cell[lamp].items() if v} for lamp in cell}
+            for row, cell in cells.items()}
 
 
 def table(folder, rows=("category",), metric="image_auroc", paper="results/paper.json"):
-    """Markdown, a row for each value of the options in `rows`: base loss, LAMP, and their paired
-    difference. Means over categories (of means over seeds) with 95 % intervals over categories;
-    wins with the exact two-sided sign test. In parentheses the paper's number, where it has one.
+    """Markdown, a row for each value of the options `rows`: base loss, LAMP, their paired difference.
+
+    Means over categories (of means over seeds) with 95 % intervals over categories; wins with the
+    exact two-sided sign test. In parentheses the paper's number, where paper.json has one.
     """
-    cells = read_results(folder, rows, metric)
+    cells, known = read_results(folder, rows, metric), {}
+    for row in [r for r in cells if not cells[r][False]]:   # a plain run is every reading's partner
+        plain = tuple(None if k in ("eps", "over", "detach") else v for k, v in zip(rows, row))
+        cells[row][False] = cells.get(plain, cells[row])[False]
     if rows == ("category",):
-        cells["mean",] = {k: {c: v for cell in cells.values() for c, v in cell[k].items()}
-                          for k in (True, False)}
-    numbers = json.loads(Path(paper).read_text()) if Path(paper).exists() else []
-    known = {frozenset(f"{n['row']} {n['column']}".lower().split()): n["value"] for n in numbers}
+        cells["mean",] = {k: {c: cells[c,][k][c] for (c,) in cells if cells[c,][k]} for k in (0, 1)}
+    for n in json.loads(Path(paper).read_text()) if Path(paper).exists() else ():
+        known[frozenset(f"{n['row']} {n['column']}".lower().split())] = f" ({n['value']:.3f})"
 
     def text(values, sign="", words=()):
-        if not values:
-            return ""
         spread = f" ± {interval(values):.4f}" if len(values) > 1 else ""
-        number = known.get(frozenset(words))
-        return f"{np.mean(values):{sign}.4f}{spread}" + f" ({number})" * (number is not None)
+        return f"{np.mean(values):{sign}.4f}{spread}{known.get(frozenset(words), '')}" if values else ""
 
-    lines = [f"| {', '.join(rows)} | base loss | LAMP | difference | wins | p | n |", "|---" * 7 + "|"]
-    for row in sorted(cells, key=lambda r: [(v == "mean", str(type(v)), v) for v in r]):
+    lines = [f"| {', '.join(rows)} | base loss | LAMP | difference | wins | p |", "|---" * 6 + "|"]
+    for row in sorted(cells, key=lambda r: [(v == "mean", isinstance(v, str), v or 0) for v in r]):
         plain, lamp = cells[row][False], cells[row][True]
-        words = [w for v in row for w in str(v).lower().split()]
+        words = " ".join(str(v).lower() for v in row).split()
         d = [lamp[c] - plain[c] for c in lamp if c in plain]
         wins, played = sum(x > 0 for x in d), sum(x != 0 for x in d)
         p = f"{stats.binomtest(wins, played).pvalue:.3f}" if played > 1 else ""
-        lines.append(f"| {', '.join('any' if v is None else str(v) for v in row)} "
-                     f"| {text(list(plain.values()), '', words)} "
-                     f"| {text(list(lamp.values()), '', [*words, 'lamp'])} | {text(d, '+')} "
-                     f"| {f'{wins} of {len(d)}' if d else ''} | {p} | {len(plain or lamp)} |")
+        lines.append(f"| {', '.join(str(v) for v in row)} | {text([*plain.values()], '', words)} | "
+                     f"{text([*lamp.values()], '', [*words, 'lamp'])} | {text(d, '+')} | "
+                     f"{f'{wins} of {len(d)}' if d else ''} | {p} |")
     return "\n".join(lines)
 
 
 # ---- the command ----
 
 def evaluate_run(run, data_dir, device):
+    """Numbers and pictures of a saved run; its scores reduced in all four ways."""
     state, model = load_run(run, device)
     c = {**state["config"], **({"data_dir": data_dir} if data_dir else {})}
     data, inputs, _ = open_data(c, device, state["backbone"])
@@ -434,18 +416,18 @@ def main(argv=None):
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     add("--device", default="cpu", help="default: cpu")
     args = parser.parse_args(argv)
+    if not args.runs and not args.table:
+        parser.error("name one or more runs, or --table FOLDER")
     try:
         if args.table:
             print(table(args.table, tuple(args.rows.split(",")), args.metric))
-        elif not args.runs:
-            parser.error("name one or more runs, or --table FOLDER")
         elif args.history:
             records = [json.loads((Path(run) / "run.json").read_text()) for run in args.runs]
             draw_curves(args.history, records)
-        for run in args.runs if not (args.table or args.history) else ():
-            if args.image:
-                judge_files(run, args.image, args.device)
-            else:
+        elif args.image:
+            judge_files(args.runs[0], args.image, args.device)
+        else:
+            for run in args.runs:
                 evaluate_run(run, args.data_dir, args.device)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
