@@ -176,7 +176,7 @@ def load_run(path, device="cpu"):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                              # of many kinds, all about this file
         raise ValueError(f"{path}: damaged, or holds more than tensors and plain values; not loaded "
-                         f"({str(error).splitlines()[0][:80]})") from None
+                         f"({str(error)[:80]!r})") from None
     if not isinstance(state, dict) or state.get("layout") != LAYOUT:
         raise ValueError(f"{path}: not a run of this version (layout {LAYOUT}); train it again")
     model = MODELS[state["config"]["model"]](state["config"], state["shape"])
@@ -323,7 +323,7 @@ def read_results(folder, rows, metric):
         run = json.loads(path.read_text())
         c = {**run["metrics"], **run["config"]}
         c.update({} if c["lamp"] else dict.fromkeys(("eps", "over", "detach")))
-        c["setting"] = "separate" if c["normal"] in c["categories"] else "unified"
+        c["setting"] = "unified" if c["normal"] == "all" or "," in c["normal"] else "separate"
         for c["category"], values in c["categories"].items():
             value = {**c, **values}[metric]
             cell = cells.setdefault(tuple(c[key] for key in rows), {True: {}, False: {}})[c["lamp"]]
@@ -354,7 +354,7 @@ def table(folder, rows=("category",), metric="image_auroc", paper="results/paper
     lines = [f"| {', '.join(rows)} | base loss | LAMP | difference | wins | p |", "|---" * 6 + "|"]
     for row in sorted(cells, key=lambda r: [(v == "mean", isinstance(v, str), v or 0) for v in r]):
         plain, lamp = cells[row][False], cells[row][True]
-        words = " ".join(str(v).lower() for v in row).split()
+        words = " ".join(str(v).lower() for v in [*row, metric]).split()
         d = [lamp[c] - plain[c] for c in lamp if c in plain]
         wins, played = sum(x > 0 for x in d), sum(x != 0 for x in d)
         p = f"{stats.binomtest(wins, played).pvalue:.3f}" if played > 1 else ""

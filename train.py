@@ -1,12 +1,12 @@
 """Train: one loop for every model here, and the command that wires everything together.
 
-    python train.py                                             # digits, 10 seconds, no download
+    python train.py                                         # digits, ten seconds, no download
     python train.py --dataset mnist --normal 3 --loss l2 --lamp
 
 The LAMP paper in one line: train on one class with an amplified loss, judge by the L2 error. `fit`
 is the whole of training; it steps on Eq. 1's sum divided by C H W, a constant, so that one learning
 rate and one gradient clip hold at every image size. Measured numbers stand in README.md, each with
-its command. On one machine a command gives the same result to the last bit (same --threads, CPU).
+its command. On one CPU a command repeats to the last bit (same --threads); on a GPU, nearly.
 """
 import argparse
 import functools
@@ -41,20 +41,25 @@ SCHEDULES = {                                               # progress in [0, 1)
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
 }
-FEATURES = dict(lr=4e-4, epochs=15, batch_size=8, optimizer="adamw", schedule="step",
-                weight_decay=1e-4, clip=0.1, image_size=224, neighbors=7, jitter=20.0,
-                query="layerwise")
+UNIAD = dict(lr=4e-4, epochs=15, batch_size=8, optimizer="adamw", schedule="step", clip=0.1,
+             weight_decay=1e-4, neighbors=7, jitter=20.0, query="layerwise")
+PLAIN = dict(neighbors=0, jitter=0.0, query="none")
 DEFAULTS = {                                                # of options left unset, by model
-    "ae": dict(lr=1e-3, epochs=10, batch_size=32, optimizer="adam", schedule="cosine",
-               weight_decay=0.0, clip=0.0, neighbors=0, jitter=0.0, query="none"),
-    "uniad": FEATURES,
-    "transformer": {**FEATURES, "neighbors": 0, "jitter": 0.0, "query": "first"},
-    "mlp": {**FEATURES, "neighbors": 0, "jitter": 0.0, "query": "none"},
-    "cnn": {**FEATURES, "neighbors": 0, "jitter": 0.0, "query": "none"},
+    "ae": dict(lr=1e-3, epochs=10, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
+               weight_decay=0.0, **PLAIN),
+    "uniad": UNIAD, "transformer": {**UNIAD, **PLAIN, "query": "first"},
+    "mlp": {**UNIAD, **PLAIN}, "cnn": {**UNIAD, **PLAIN},
 }
 FEW_IMAGES, MANY_EPOCHS = ("digits", "mvtec", "folder"), 100    # hundreds, not thousands of images
-FIT_OPTIONS = ("epochs batch_size lr optimizer schedule weight_decay clip seed amp").split()
-FREE = ("epochs", "pictures", "out", "data_dir", "cache_dir", "device", "threads", "resume", "overwrite")
+RANGES = {                                                  # smallest and largest value that works
+    "image_size": (1, 4096), "depth": (1, 12), "width": (1, 4096), "latent": (1, 65536),
+    "kernel_size": (1, 99), "patches": (1, 4096), "neighbors": (0, 999), "jitter": (0, 1e6),
+    "epochs": (1, 10 ** 6), "batch_size": (1, 10 ** 6), "lr": (1e-12, 1e3), "weight_decay": (0, 10),
+    "clip": (0, 1e9), "seed": (0, 2 ** 63 - 1), "threads": (0, 1024), "eval_every": (0, 10 ** 6),
+    "eps": (1e-6, 0.999), "fpr": (1e-6, 0.999),
+}
+FIT_OPTIONS = "epochs batch_size lr optimizer schedule weight_decay clip seed amp".split()
+FREE = "epochs pictures out data_dir cache_dir device threads resume overwrite".split()  # to --resume
 
 
 # ---- the loop ----
@@ -65,9 +70,9 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
     """Train model to reconstruct inputs (N, C, H, W), or to predict targets (N, ...) from them.
 
     criterion(x_hat, x) -> scalar, summed over C, H, W; prepare: stored inputs -> what the model sees.
-    evaluate(epoch) -> metrics or {}, and save(state), are called after each epoch; resume is such a
-    state. Returns the history, a list of dicts. Raises FloatingPointError where the loss is
-    not finite, ValueError where a batch is smaller than `smallest`.
+    evaluate(epoch) -> metrics, and save(state), are called after each epoch; resume is such a state.
+    Returns the history, a list of dicts. Raises FloatingPointError where the loss is not finite,
+    ValueError where a batch is smaller than `smallest`.
     """
     device, order = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     model.to(memory_format=torch.channels_last)             # twice as fast for convolutions on a CPU
@@ -89,13 +94,11 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             loss = criterion(x_hat.float(), y) / y[0].numel()
             rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
             take_step(model, optim, loss, rate, clip, f"epoch {epoch}, step {step + 1}")
-            total += loss.item() * len(index)
-            base += float(getattr(criterion, "base_error", 0)) / y[0].numel() * len(index)
-        seconds = time.perf_counter() - start
-        metrics = evaluate(epoch)
-        history.append({"epoch": epoch, "loss": total / len(inputs), "base_error": base / len(inputs),
-                        "image_auroc": metrics.get("image_auroc"),
-                        "pixel_auroc": metrics.get("pixel_auroc"), "seconds": round(seconds, 3)})
+            total += loss.item() * len(index) / len(inputs)
+            base += float(getattr(criterion, "base_error", 0)) / y[0].numel() * len(index) / len(inputs)
+        seconds, metrics = time.perf_counter() - start, evaluate(epoch)
+        history.append({"epoch": epoch, "loss": total, "base_error": base, "seconds": round(seconds, 3),
+                        **{key: metrics.get(key) for key in ("image_auroc", "pixel_auroc")}})
         print_epoch(history, epochs)
         save({"optimizer": optim.state_dict(), "order": order.get_state(),
               "rng": torch.get_rng_state(), "history": history})
@@ -108,8 +111,8 @@ def draw_batches(n, size, generator, smallest):
     if len(batches) > 1 and len(batches[-1]) < smallest:
         batches[-2:] = [torch.cat(batches[-2:])]
     if len(batches[0]) < smallest:
-        raise ValueError(f"batches of {len(batches[0])} leave batch normalization one value a channel: "
-                         "use --batch-size 2 or more (and at least 2 training images)")
+        raise ValueError(f"a batch of {len(batches[0])} leaves batch normalization one value a "
+                         "channel: use --batch-size 2 or more, and 2 training images")
     return batches
 
 
@@ -117,8 +120,8 @@ def take_step(model, optim, loss, rate, clip, where):
     """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()} at {where}, learning rate {rate:.2g}: try "
-                                 f"--lr {rate / 10:.1g} or --clip 1, and no --amp; the checkpoint of "
-                                 "the last full epoch is kept")
+                                 f"--lr {rate / 10:.1g} or --clip 1, without --amp; the checkpoint "
+                                 "of the last full epoch is kept")
     for group in optim.param_groups:
         group["lr"] = rate
     optim.zero_grad()
@@ -134,40 +137,41 @@ def print_epoch(history, epochs):
     remaining = sum(e["seconds"] for e in history) / len(history) * left
     keep = auroc or not left or not sys.stdout.isatty()     # on a terminal, others are overwritten
     print(f"epoch {h['epoch']:>4}/{epochs}   loss {h['loss']:.5f}   base error {h['base_error']:.5f}"
-          f"{auroc}   {h['seconds']:.1f} s, {remaining:.0f} s left", end="\n" if keep else "\r", flush=True)
+          f"{auroc}   {h['seconds']:.1f} s, {remaining:.0f} s left", end="\n" if keep else "\r",
+          flush=True)
 
 
 # ---- the command ----
 
 def parse(argv):
-    """The command line -> config: one key an option, those left unset filled from DEFAULTS."""
+    """The command line -> parser, config: a dict of all options, those left unset by DEFAULTS."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     model_options(parser)
     run_options(parser)
     given = vars(parser.parse_args(argv))
-    few = given["model"] == "ae" and given["dataset"] in FEW_IMAGES
-    defaults = {**DEFAULTS[given["model"]], **({"epochs": MANY_EPOCHS} if few else {})}
+    defaults = dict(DEFAULTS[given["model"]])
+    if given["model"] == "ae" and given["dataset"] in FEW_IMAGES:
+        defaults["epochs"] = MANY_EPOCHS
     return parser, complete({**defaults, **given}, parser)
 
 
-def by_model(key):                                          # an option left out until `complete`
-    return dict(default=argparse.SUPPRESS,
-                help=f"(default: ae {DEFAULTS['ae'][key]}, uniad {DEFAULTS['uniad'][key]})")
+def unset(key=None, text=""):                               # an option left out until `complete`
+    text = text or f"(default: ae {DEFAULTS['ae'][key]}, uniad {DEFAULTS['uniad'][key]})"
+    return dict(default=argparse.SUPPRESS, help=text)
 
 
 def model_options(parser):
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="digits", help="digits come with scikit-learn")
-    add("--normal", default=argparse.SUPPRESS,
-        help="classes (3 or 0,1,2) or categories (bottle or all) (default: 0; all for folders)")
+    add("--normal", **unset(text="classes (3 or 0,1,2; default 0), categories (bottle; default all)"))
     add("--data-dir", default="data", help="where data sets are; for folder, the folder itself")
-    add("--image-size", type=int, default=argparse.SUPPRESS,
-        help="side in pixels (default: ae 32, 128 for folders; others 224)")
-    add("--validate", action="store_true",
-        help="judge on a part of the training split, to choose options by; the test set is not used")
+    add("--image-size", type=int, **unset(text="side in pixels (default: ae 32, or 128 for folders; "
+                                          "others 224)"))
+    add("--validate", action="store_true", help="judge on a part of the training split, to choose "
+        "options by; the test set is not used")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=BASE_LOSSES, default="l2", help="base reconstruction loss")
     add("--lamp", action="store_true", help="amplify it: Eq. 1 and 2 of the LAMP paper")
@@ -176,8 +180,7 @@ def model_options(parser):
     add("--detach", action=yes_no, default=True, help="no gradient through Eq. 2's maximum")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
-    add("--depth", type=int, default=argparse.SUPPRESS,
-        help="ae: layers a side (default: 4 below 128 pixels, else 6)")
+    add("--depth", type=int, **unset(text="ae: layers a side (default: 4 below 128 pixels, else 6)"))
     add("--width", type=int, default=16, help="ae: filters of the first layer")
     add("--latent", type=int, default=16, help="ae: channels of the code")
     add("--kernel-size", type=int, default=3, help="ae: side of the kernels, odd")
@@ -186,9 +189,9 @@ def model_options(parser):
         help="others: the frozen CNN whose features they reconstruct")
     add("--backbone-weights", default="imagenet", help="imagenet, random, or a file (state dict)")
     add("--standardize", action=yes_no, default=True, help="others: features, channel by channel")
-    add("--neighbors", type=int, **by_model("neighbors"))
-    add("--jitter", type=float, **by_model("jitter"))
-    add("--query", choices=("layerwise", "first", "none"), **by_model("query"))
+    add("--neighbors", type=int, **unset("neighbors"))
+    add("--jitter", type=float, **unset("jitter"))
+    add("--query", choices=("layerwise", "first", "none"), **unset("query"))
     add("--cache", action=yes_no, default=True, help="others: compute features once, keep them")
     add("--cache-dir", default="runs/features", help="where features are kept")
 
@@ -196,37 +199,27 @@ def model_options(parser):
 def run_options(parser):
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=argparse.SUPPRESS,
-        help=f"(default: ae 10, {MANY_EPOCHS} for {', '.join(FEW_IMAGES)}; others 15)")
+    add("--epochs", type=int, **unset(text=f"(default: ae 10, or {MANY_EPOCHS} for digits and "
+                                      "folders; others 15)"))
     for key in ("batch_size", "lr", "weight_decay", "clip"):
-        kind = type(DEFAULTS["ae"][key])
-        add(f"--{key.replace('_', '-')}", type=kind, **by_model(key))
-    add("--optimizer", choices=OPTIMIZERS, **by_model("optimizer"))
-    add("--schedule", choices=SCHEDULES, **by_model("schedule"))
+        add(f"--{key.replace('_', '-')}", type=type(DEFAULTS["ae"][key]), **unset(key))
+    add("--optimizer", choices=OPTIMIZERS, **unset("optimizer"))
+    add("--schedule", choices=SCHEDULES, **unset("schedule"))
     add("--reestimate", action=yes_no, default=True, help="batch norm statistics before evaluating")
     add("--amp", action="store_true", help="bfloat16 where that is safe")
     add("--seed", type=int, default=0, help="weights, order, and the part set aside")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="CUDA, MPS, then CPU")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="first that is there")
     add("--threads", type=int, default=0, help="CPU threads, 0 for all cores")
     add = parser.add_argument_group("evaluation and output").add_argument
-    add("--score", choices=("sum", "max", "mean", "std"), default=argparse.SUPPRESS,
-        help="image score (default: ae sum; others max for folders, else mean)")
+    add("--score", choices=("sum", "max", "mean", "std"),
+        **unset(text="image score (default: ae sum; others max for folders, else mean)"))
     add("--fpr", type=float, default=0.05, help="false positive rate the threshold aims at")
-    add("--eval-every", type=int, default=argparse.SUPPRESS,
-        help="epochs between evaluations, 0 for the end alone (default: a tenth of the epochs)")
+    add("--eval-every", type=int, **unset(text="epochs between evaluations, 0 for the end alone "
+                                          "(default: a tenth of the epochs)"))
     add("--pictures", action=yes_no, default=True, help="draw curves and examples")
-    add("--out", default=argparse.SUPPRESS, help="folder of the run (default: runs/<its options>)")
+    add("--out", **unset(text="folder of the run (default: runs/<its options>)"))
     add("--resume", action="store_true", help="go on where the run in --out stopped")
     add("--overwrite", action="store_true", help="replace the run in --out")
-
-
-RANGES = {                                                  # smallest and largest value that works
-    "image_size": (1, 4096), "depth": (1, 12), "width": (1, 4096), "latent": (1, 65536),
-    "kernel_size": (1, 99), "patches": (1, 4096), "neighbors": (0, 999), "jitter": (0, 1e6),
-    "epochs": (1, 10 ** 6), "batch_size": (1, 10 ** 6), "lr": (1e-12, 1e3), "weight_decay": (0, 10),
-    "clip": (0, 1e9), "seed": (0, 2 ** 63 - 1), "threads": (0, 1024), "eval_every": (0, 10 ** 6),
-    "eps": (1e-7, 0.999), "fpr": (1e-6, 0.999),
-}
 
 
 def complete(c, parser):
@@ -248,34 +241,32 @@ def complete(c, parser):
         parser.error("--loss ssim compares images in [0, 1]; with CNN features use l1 or l2")
     if c["resume"] and c["overwrite"]:
         parser.error("--resume goes on, --overwrite starts anew: give one of them")
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if c["device"] == "auto":
-        c["device"] = next(d for d in ("cuda", "mps", "cpu") if found[d])
+        c["device"] = next(device for device in found if found[device])
     if not found[c["device"]]:
-        parser.error(f"--device {c['device']}: PyTorch finds none on this machine; leave --device out")
+        parser.error(f"--device {c['device']}: PyTorch finds none on this machine; leave it out")
     return c
 
 
 def open_folder(c):
-    """The run's folder -> the state to resume from, or None; prints the result of a finished run."""
+    """The run's folder -> the state to resume from, or None where it starts afresh."""
     out = Path(c["out"])
-    if (out / "model.pt").exists() and not c["overwrite"]:
-        state, _ = ev.load_run(out)
-        done, old = len(state["history"]), state["config"]
-        if not c["resume"]:
-            raise ValueError(f"{out} already holds a run of {done} of {old['epochs']} epochs: --resume "
-                             "goes on with it, --overwrite replaces it, or name another --out")
-        changed = [k for k in c if k not in FREE and c[k] != old.get(k)]
-        if changed:
-            raise ValueError("--resume changes nothing but --epochs; the run has " + ", ".join(
-                f"--{k.replace('_', '-')} {old.get(k)} (now {c[k]})" for k in changed))
-        if done >= c["epochs"] and (out / "run.json").exists():
-            print_result(json.loads((out / "run.json").read_text()), out)
-            raise SystemExit(0)
-        return state
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "run.json").unlink(missing_ok=True)
-    return None
+    if c["overwrite"] or not (out / "model.pt").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "run.json").unlink(missing_ok=True)
+        return None
+    state, _ = ev.load_run(out)
+    old = state["config"]
+    if not c["resume"]:
+        raise ValueError(f"{out} already holds a run of {len(state['history'])} of {old['epochs']} "
+                         "epochs: --resume goes on with it, --overwrite replaces it, or name "
+                         "another --out")
+    changed = [f"--{k.replace('_', '-')} {old.get(k)} (now {c[k]})" for k in c
+               if k not in FREE and c[k] != old.get(k)]
+    if changed:
+        raise ValueError(f"--resume changes nothing but --epochs; the run has {', '.join(changed)}")
+    return state
 
 
 def write_checkpoint(path, fixed, model, progress):
@@ -284,37 +275,30 @@ def write_checkpoint(path, fixed, model, progress):
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def reestimate(model, inputs):
-    """Batch norm's statistics from all training inputs, in batches of about 256."""
-    device = next(model.parameters()).device
-    batches = inputs.train.tensor_split(-(-len(inputs.train) // 256))
-    reestimate_batch_norm(model, (inputs.prepare(x.to(device)) for x in batches))
-
-
-def evaluate_during(epoch, c, model, data, inputs):
-    """Metrics on the test set every --eval-every epochs, for the curve; nothing is chosen by them."""
-    if not c["eval_every"] or epoch % c["eval_every"] or epoch == c["epochs"]:
-        return {}
+def assess(c, model, data, inputs, epoch):
+    """Batch norm settled, then the test set -> metrics, Judged; after `epoch`, if it is its turn."""
+    if epoch and (not c["eval_every"] or epoch % c["eval_every"] or epoch == c["epochs"]):
+        return {}, None
     if c["reestimate"]:
-        reestimate(model, inputs)
-    return ev.judge(model, c, data, inputs)[0]
+        parts = inputs.train.tensor_split(-(-len(inputs.train) // 256))
+        reestimate_batch_norm(model, (inputs.prepare(x.to(c["device"])) for x in parts))
+    return ev.judge(model, c, data, inputs)
 
 
 def finish(c, model, data, inputs, save, state, command, started):
     """Evaluate the last epoch; write model.pt with the threshold, run.json and the pictures."""
-    if c["reestimate"]:
-        reestimate(model, inputs)
-    metrics, judged = ev.judge(model, c, data, inputs)
-    history = state["history"]
+    metrics, judged = assess(c, model, data, inputs, epoch=0)
+    history, out = state["history"], Path(c["out"])
     seconds = sum(h["seconds"] for h in history)
     metrics["train_seconds"] = round(seconds, 2)
-    metrics["images_per_second"] = len(history) and round(len(inputs.train) * len(history) / seconds, 1)
+    metrics["images_per_second"] = round(len(inputs.train) * len(history) / max(seconds, 1e-9), 1)
     if history:
         history[-1].update({key: metrics[key] for key in ("image_auroc", "pixel_auroc")})
     save({**state, "threshold": metrics["threshold"], "scale": judged.scale})
-    record = {"command": command, "config": c, "versions": versions(),
-              "seconds": round(time.perf_counter() - started, 2), "history": history, "metrics": metrics}
-    out = Path(c["out"])
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__, "threads": torch.get_num_threads()}
+    record = {"command": command, "config": c, "versions": versions, "history": history,
+              "seconds": round(time.perf_counter() - started, 2), "metrics": metrics}
     (out / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if c["pictures"]:
         ev.draw_curves(out / "curves.png", [record], judged, data.labels)
@@ -323,50 +307,46 @@ def finish(c, model, data, inputs, save, state, command, started):
     print_result(record, out)
 
 
-def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "machine": platform.machine(),
-            "threads": torch.get_num_threads()}
-
-
 def print_result(record, out):
-    print(ev.describe(record["metrics"]))
     files = "run.json, model.pt" + ", curves.png, examples.png" * record["config"]["pictures"]
-    print(f"{len(record['history'])} epochs, {record['seconds']:.0f} s; wrote {out}/: {files}")
+    print(f"{ev.describe(record['metrics'])}\n{len(record['history'])} epochs, "
+          f"{record['seconds']:.0f} s; wrote {out}/: {files}")
 
 
 def run(c, command):
     """One run, from config to metrics on disk: open, build, fit, finish -> exit status."""
-    started, device = time.perf_counter(), torch.device(c["device"])
+    started, device, out = time.perf_counter(), torch.device(c["device"]), Path(c["out"])
     torch.set_num_threads(c["threads"] or os.cpu_count())
     torch.set_flush_denormal(True)                          # LAMP's tiny gradients are slow otherwise
     print("  ".join(f"{key}={value}" for key, value in sorted(c.items())))
     state = open_folder(c)
+    if state and len(state["history"]) >= c["epochs"] and (out / "run.json").exists():
+        print_result(json.loads((out / "run.json").read_text()), out)
+        return 0
     data, inputs, backbone = ev.open_data(c, device, state and state["backbone"])
     normal = int((data.labels == 0).sum())
-    print(f"{len(data.train)} normal ({len(inputs.train)} train, {len(inputs.held)} threshold), 0 anomalous "
-          f"(by design); test {normal} normal, {len(data.labels) - normal} anomalous")
+    print(f"{len(data.train)} normal ({len(inputs.train)} train, {len(inputs.held)} threshold), "
+          f"0 anomalous (by design); test {normal} normal, {len(data.labels) - normal} anomalous")
     shape = list(inputs.prepare(inputs.train[:1].to(device)).shape[1:])
     torch.manual_seed(c["seed"])
     model = ev.MODELS[c["model"]](c, shape).to(device)
     fixed = {"layout": ev.LAYOUT, "config": c, "shape": shape, "image": list(data.train.shape[1:]),
              "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}
-    save = functools.partial(write_checkpoint, Path(c["out"]) / "model.pt", fixed, model)
+    save = functools.partial(write_checkpoint, out / "model.pt", fixed, model)
     if state:
         model.load_state_dict(state["model"])
     else:
         save({"history": []})                               # a folder that cannot be written fails now
-    criterion = ReconstructionLoss(c["loss"], c["lamp"], c["eps"], c["over"], c["detach"])
-    status = 0
+    criterion, status = ReconstructionLoss(*(c[k] for k in "loss lamp eps over detach".split())), 0
     try:
-        fit(model, inputs.train, criterion, **{key: c[key] for key in FIT_OPTIONS},
-            prepare=inputs.prepare, resume=state if state and state["history"] else None, save=save,
+        fit(model, inputs.train, criterion, **{key: c[key] for key in FIT_OPTIONS}, save=save,
+            prepare=inputs.prepare, resume=state if state and state["history"] else None,
             smallest=model.smallest_batch(c["image_size"]) if c["model"] == "ae" else 1,
-            evaluate=lambda epoch: evaluate_during(epoch, c, model, data, inputs))
+            evaluate=lambda epoch: assess(c, model, data, inputs, epoch)[0])
     except KeyboardInterrupt:
         print("\ninterrupted: evaluating the last full epoch, from which --resume goes on")
         status = 130
-    state, trained = ev.load_run(c["out"])
+    state, trained = ev.load_run(out)
     model.load_state_dict(trained.state_dict())
     finish(c, model, data, inputs, save, state, command, started)
     return status
