@@ -36,7 +36,7 @@ def from_patches(patches, n):
 
 
 class ConvAutoencoder(nn.Module):
-    """y -> y_hat, (B, C, H, W) -> (B, C, H, W) in (0, 1); the code is latent x H/2^depth x W/2^depth.
+    """y -> y_hat: (B, C, H, W) -> (B, C, H, W) in (0, 1); code (latent, H / 2^depth, W / 2^depth).
 
     channels: C of the images; depth: layers a side; width: filters of the first layer;
     latent: channels of the code, the number that contains generalization most directly;
@@ -47,7 +47,7 @@ class ConvAutoencoder(nn.Module):
     def __init__(self, channels=1, depth=4, width=16, latent=16, kernel_size=3, patches=1):
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1:
-            raise ValueError(f"kernel_size must be odd, so that a layer keeps its grid, got {kernel_size}")
+            raise ValueError(f"kernel_size must be odd, to keep a layer's grid, got {kernel_size}")
         self.depth, self.patches = depth, patches
         widths = [channels] + [width * min(2 ** i, 8) for i in range(depth - 1)] + [latent]
         encoder, decoder = [], []
@@ -65,8 +65,9 @@ class ConvAutoencoder(nn.Module):
         fits, (height, width) = self.patches * 2 ** self.depth, y.shape[2:]
         if height % fits or width % fits:
             down, up = height // fits * fits, -(-height // fits) * fits
-            raise ValueError(f"{self.patches}x{self.patches} patches of depth {self.depth} need a side "
-                             f"that {fits} divides, got {height}x{width}: use {down or up} or {up}")
+            near = " or ".join(str(side) for side in (down, up) if side)
+            raise ValueError(f"{self.patches}x{self.patches} patches of depth {self.depth} need a "
+                             f"side that {fits} divides, got {height}x{width}: use {near}")
         y = to_patches(y, self.patches)                         # (B n n, C, H/n, W/n)
         return from_patches(self.decoder(self.encoder(y)), self.patches)
 
@@ -79,8 +80,8 @@ class ConvAutoencoder(nn.Module):
 def reestimate_batch_norm(model, batches):
     """Batch norm's running statistics, anew: a plain average over `batches`, what the model sees.
 
-    Needed before an evaluation: with momentum .1 they remember ten batches, ten images at batch size
-    1; with .01, a short training does not fill them. Training never reads them, and no random
+    Needed before an evaluation: with momentum .1 they remember ten batches, ten images at batch
+    size 1; with .01, a short training does not fill them. Training never reads them, and no random
     number is drawn, so this changes no training. Of other layers it changes nothing.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -97,30 +98,14 @@ def reestimate_batch_norm(model, batches):
 
 
 def main(argv=None):
-    import argparse
-    parser = argparse.ArgumentParser(description="Print the autoencoder's layers: shape, parameters.")
-    for name, default, text in (("channels", 1, "of the images"), ("depth", 4, "layers a side"),
-                                ("width", 16, "filters of the first layer"),
-                                ("latent", 16, "channels of the code"), ("kernel-size", 3, "odd"),
-                                ("patches", 1, "n, for n x n patches"), ("size", 32, "image side")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    args = vars(parser.parse_args(argv))
-    y = torch.zeros(2, args["channels"], args["size"], args["size"])
-    del args["size"]
-    try:
-        model = ConvAutoencoder(**args).eval()
-        with torch.no_grad():
-            model(y)
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    print(f"{'layer':<36}{'shape (C, H, W)':<20}{'parameters':>10}")
-    x = to_patches(y, model.patches)
-    print(f"{'input' if model.patches == 1 else 'one patch':<36}{str(tuple(x.shape[1:])):<20}{0:>10,}")
-    for layer in [*model.encoder, *model.decoder]:
-        x = layer(x)
-        count = sum(p.numel() for p in layer.parameters())
-        print(f"{str(layer)[:34]:<36}{str(tuple(x.shape[1:])):<20}{count:>10,}")
-    print(f"{'all':<56}{sum(p.numel() for p in model.parameters()):>10,}")
+    print(f"{'layer':<14}{'C, H, W':<18}{'parameters':>10}    (patch-wise: of one patch)")
+    for model, size in ((ConvAutoencoder(), 32), (ConvAutoencoder(3, depth=6), 128)):
+        x = torch.zeros(2, model.encoder[0].in_channels, size, size)
+        print(f"{'input':<14}{str(tuple(x.shape[1:])):<18}")
+        for layer in [*model.encoder, *model.decoder]:
+            x, count = layer(x), sum(p.numel() for p in layer.parameters())
+            print(f"{type(layer).__name__:<14}{str(tuple(x.shape[1:])):<18}{count:>10,}")
+        print(f"{'all':<32}{sum(p.numel() for p in model.parameters()):>10,}\n")
     raise SystemExit(0)
 
 

@@ -7,7 +7,7 @@
 Everything is held in memory as uint8 tensors (all of MNIST: 72 MB), so a batch is one indexing
 operation; no workers, no transforms, no pickling. Two kinds of data sets:
 - labeled images (digits, mnist, fashion_mnist, cifar10): `normal` names the classes that are normal
-- folders in MVTec AD's layout (mvtec, folder): `normal` names categories, each with its own test set
+- folders in MVTec AD's layout (mvtec, folder): `normal` names categories, each with its test set
 Run this file to see which are found, and where they are looked for: python data.py
 """
 import hashlib
@@ -31,6 +31,9 @@ masks: (M, H, W) bool, true where defective, or None. An anomalous image without
     has no known mask, and is left out of pixel metrics.
 categories: M names; metrics are computed for each category, then averaged
 """
+Inputs = namedtuple("Inputs", "train held test prepare images")
+Inputs.__doc__ = """What models are fed: stored tensors to train on, held for the threshold, and to
+test; prepare: stored -> what the model sees; images: those of `train`, where it sees features."""
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 LAYOUT = """{root}/<category>/train/good/*.png
 {root}/<category>/test/good/*.png, {root}/<category>/test/<defect>/*.png
@@ -46,9 +49,9 @@ def load(dataset, normal=None, data_dir="data", image_size=None, validate=False)
     """A data set as `Data`. normal: "3", "0,1,2", class names, or for folders categories or "all".
 
     image_size: side in pixels, images are resized to it; None keeps the native size (MNIST's 28 is
-    padded to 32), folders need a number. validate: of labeled images, the last sixth of the training
-    split is the test set, for choosing options without the real one. Raises ValueError (unknown
-    name, class or category; damaged image; mask that does not fit; more than memory) and
+    padded to 32), folders need a number. validate: of labeled images, the last sixth of the
+    training split is the test set, for choosing options without the real one. Raises ValueError
+    (unknown name, class or category; damaged image; mask that does not fit; more than memory) and
     FileNotFoundError (saying what was expected where).
     """
     if dataset not in DATASETS:
@@ -76,6 +79,29 @@ def split(classes, seed, share=0.1):
         held.append(mine[:count])
         train.append(mine[count:])
     return torch.cat(train).sort().values, torch.cat(held).sort().values
+
+
+def to_inputs(data, seed, backbone=None, cache_dir=None, mean_std=None):
+    """Data -> Inputs: images, or a Backbone's features (computed each time if cache_dir is None).
+
+    The features are standardized by mean_std (a state dict), or else by their own mean and std on
+    the training part; mean_std = {} leaves them as they are.
+    """
+    train, held = split(data.train_classes, seed)
+    if backbone is None:
+        return Inputs(data.train[train], data.train[held], data.test, to_float, None)
+    stored, test, prepare = data.train, data.test, lambda x: backbone(to_float(x))
+    if cache_dir is not None:
+        stored = cached_features(backbone, data.train, data.train_classes, cache_dir)
+        test = cached_features(backbone, data.test, data.categories, cache_dir)
+        prepare = backbone.standardize
+    if mean_std is None:
+        features = stored[train] if cache_dir is not None else torch.cat(
+            [backbone.raw(to_float(x)) for x in stored[train].split(32)])
+        backbone.fit(features)
+    else:
+        backbone.load_state_dict(mean_std, strict=False)
+    return Inputs(stored[train], stored[held], test, prepare, data.train[train])
 
 
 # ---- labeled images: one class, or several, is normal ----
@@ -108,12 +134,12 @@ def resize(images, size):
 def load_digits(data_dir):
     """The 1,797 digits of 8x8 pixels in scikit-learn, scaled to 32; every third is a test image."""
     bundle = sklearn_digits()
-    images = resize(torch.tensor(bundle.images[:, None] * 255 / 16).byte(), 32)    # (1797, 1, 32, 32)
+    images = resize(torch.tensor(bundle.images[:, None] * 255 / 16).byte(), 32)
     labels, test = torch.tensor(bundle.target), torch.arange(1797) % 3 == 2
     return (images[~test], labels[~test]), (images[test], labels[test]), list("0123456789")
 
 
-def load_torchvision(kind, classes=None):
+def load_torchvision(kind):
     """A loader of a torchvision data set: read from data_dir, downloaded when missing."""
     def loader(data_dir):
         splits = []
@@ -125,7 +151,7 @@ def load_torchvision(kind, classes=None):
             images = torch.as_tensor(np.asarray(split.data))
             images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
             splits.append((images, torch.as_tensor(split.targets)))
-        return *splits, classes or kind.classes
+        return *splits, [name.split(" - ")[0] for name in kind.classes]     # MNIST: "3 - three"
     return loader
 
 
@@ -158,7 +184,8 @@ def cached_features(backbone, images, owners, folder):
     for name in sorted(set(owners.tolist())):
         index, digest = torch.from_numpy(np.flatnonzero(owners == name)), weights.copy()
         digest.update(f"{list(images[index].shape)}".encode() + images[index].numpy().tobytes())
-        out[index] = read_or_compute(backbone, images[index], Path(folder) / f"{digest.hexdigest()}.pt")
+        path = Path(folder) / f"{digest.hexdigest()}.pt"
+        out[index] = read_or_compute(backbone, images[index], path)
     return out
 
 
@@ -174,7 +201,7 @@ def read_or_compute(backbone, images, path):
     features = torch.cat([backbone.raw(to_float(x.to(backbone.mean.device))).cpu()
                           for x in images.split(32)])
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")                      # two runs may write the same file
+    part = path.with_suffix(f".{os.getpid()}")                      # two runs may write one file
     torch.save({"key": path.stem, "checksum": checksum(features), "features": features}, part)
     os.replace(part, path)
     return features
@@ -185,12 +212,9 @@ def read_or_compute(backbone, images, path):
 def load_mvtec(normal, data_dir, image_size):
     """MVTec AD (Bergmann et al. 2019), data_dir/mvtec/<category>/...; never downloaded."""
     root = data_dir / "mvtec"
-    if not root.is_dir() or not find_categories(root):
-        found = sorted(p.name for p in root.glob("*"))[:8] if root.is_dir() else []
-        raise FileNotFoundError(
-            "MVTec AD has to be downloaded by hand from "
-            "https://www.mvtec.com/company/research/datasets/mvtec-ad and unpacked as\n"
-            f"{LAYOUT.format(root=root)}\nfound in {root}: {', '.join(found) or 'nothing'}")
+    if not find_categories(root):
+        raise layout_error(root, "MVTec AD has to be downloaded by hand, from https://www.mvtec.com"
+                           "/company/research/datasets/mvtec-ad, and unpacked as")
     return load_folder(normal, root, image_size)
 
 
@@ -198,30 +222,31 @@ def find_categories(root):
     """{name: folder}, each folder with train/good; root itself may be the only category."""
     if (root / "train" / "good").is_dir():
         return {root.resolve().name: root}
-    return {p.name: p for p in sorted(root.iterdir()) if (p / "train" / "good").is_dir()}
+    return {path.name: path for path in subfolders(root) if (path / "train" / "good").is_dir()}
+
+
+def layout_error(root, why):
+    found = ", ".join(path.name for path in sorted(root.glob("*"))[:8]) or "nothing"
+    return FileNotFoundError(f"{why}\n{LAYOUT.format(root=root)}\nfound in {root}: {found}")
 
 
 def load_folder(normal, root, image_size):
     """A user's own images in MVTec AD's layout; masks, and the whole of test/, are optional."""
-    categories = find_categories(root) if root.is_dir() else {}
+    categories = find_categories(root)
     if not categories:
-        found = sorted(p.name for p in root.glob("*"))[:8] if root.is_dir() else []
-        raise FileNotFoundError(f"expected in {root} (--data-dir):\n{LAYOUT.format(root=root)}\n"
-                                f"found: {', '.join(found) or 'nothing'}")
+        raise layout_error(root, f"expected in {root} (--data-dir)")
     wanted = list(categories) if normal in (None, "all") else [n.strip() for n in normal.split(",")]
     if not set(wanted) <= set(categories):
-        raise ValueError(f"--normal {normal}: found in {root} the categories {', '.join(categories)}; "
+        raise ValueError(f"--normal {normal}: {root} holds the categories {', '.join(categories)}; "
                          "name one or more, separated by commas, or all")
-    if not image_size:
-        raise ValueError("folders of images need an image size")
     wanted = list(dict.fromkeys(wanted))
-    train = [(path, name) for name in wanted for path in image_files(categories[name] / "train/good")]
+    train = [(path, name) for name in wanted
+             for path in image_files(categories[name] / "train/good")]
     test = [(path, name) for name in wanted for defect in subfolders(categories[name] / "test")
             for path in image_files(defect)]
-    for name in wanted:
-        if name not in [owner for _, owner in train]:
-            raise ValueError(f"{categories[name] / 'train/good'}: no image in it (of the kinds "
-                             f"{' '.join(sorted(IMAGE_SUFFIXES))}); put normal images there")
+    for name in set(wanted) - {owner for _, owner in train}:
+        raise ValueError(f"{categories[name] / 'train/good'}: no image in it (of the kinds "
+                         f"{' '.join(sorted(IMAGE_SUFFIXES))}); put normal images there")
     check_memory((len(train) + len(test)) * 3 * image_size ** 2)
     masks, missing = read_masks(test, categories, image_size)
     if missing and masks is not None:
@@ -248,8 +273,8 @@ def check_memory(needed):
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > free:
-            raise ValueError(f"these images need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
-                             "are free: lower --image-size, or name fewer categories with --normal")
+            raise ValueError(f"these images need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} "
+                             "GB are free: lower --image-size, or name fewer categories")
 
 
 def read_image(path, size):
@@ -280,7 +305,7 @@ def read_images(items, size):
 
 
 def read_masks(test, categories, size):
-    """-> (M, size, size) bool, or None where no image has a mask; and the anomalous images without."""
+    """-> (M, size, size) bool, or None where no image has a mask; and the anomalies without one."""
     masks, missing, found = torch.zeros(len(test), size, size, dtype=torch.bool), [], False
     for i, (path, name) in enumerate(test):
         if path.parent.name == "good":
@@ -304,18 +329,14 @@ def read_mask(mask_path, image_path, size):
                                  f"{image_path} {image.width}x{image.height}: they must be equal")
             mask = np.asarray(mask.convert("L").resize((size, size), Image.Resampling.NEAREST))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{mask_path}: not a readable mask ({error}); replace or remove it") from None
-    return torch.from_numpy(mask > mask.max() / 2)      # any bright value marks the defect: 1 or 255
+        raise ValueError(f"{mask_path}: not a readable mask ({error}); replace it") from None
+    return torch.from_numpy(mask > mask.max() / 2)      # defects may be marked by 1 as well as 255
 
 
-DATASETS = {
-    "digits": load_digits,
-    "mnist": load_torchvision(torchvision.datasets.MNIST, list("0123456789")),
-    "fashion_mnist": load_torchvision(torchvision.datasets.FashionMNIST),
-    "cifar10": load_torchvision(torchvision.datasets.CIFAR10),
-    "mvtec": load_mvtec,
-    "folder": load_folder,
-}
+TORCHVISION = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10,
+               "fashion_mnist": torchvision.datasets.FashionMNIST}
+DATASETS = {"digits": load_digits, "mvtec": load_mvtec, "folder": load_folder,
+            **{name: load_torchvision(kind) for name, kind in TORCHVISION.items()}}
 
 
 def main(argv=None):
@@ -323,22 +344,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Show which data sets are found, and where.")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
     data_dir = parser.parse_args(argv).data_dir
-    print(f"{'data set':<15}{'found':<7}{'where, and what --normal can name'}")
-    print(f"{'digits':<15}{'yes':<7}with scikit-learn; 1,198 training and 599 test images, 0 to 9")
-    for kind, name in ((torchvision.datasets.MNIST, "mnist"), (torchvision.datasets.CIFAR10, "cifar10"),
-                       (torchvision.datasets.FashionMNIST, "fashion_mnist")):
+    print("digits          found, with scikit-learn")
+    for name, kind in TORCHVISION.items():
         where = data_dir / getattr(kind, "base_folder", f"{kind.__name__}/raw")
         try:
             counts = [len(kind(data_dir, train=train)) for train in (True, False)]
-            text = f"{where}: {counts[0]:,} training and {counts[1]:,} test images, classes 0 to 9"
+            print(f"{name:<15} found in {where}: {counts[0]:,} training, {counts[1]:,} test images")
         except RuntimeError:
-            text = f"{where}: missing or incomplete, downloaded at first use"
-        print(f"{name:<15}{'no' if 'missing' in text else 'yes':<7}{text}")
+            print(f"{name:<15} not in {where}: downloaded at first use")
     for name, root in (("mvtec", data_dir / "mvtec"), ("folder", data_dir)):
-        found = find_categories(root) if root.is_dir() else {}
-        counts = ", ".join(f"{c} ({len(image_files(p / 'train/good'))} training images)"
-                           for c, p in found.items())
-        print(f"{name:<15}{'yes' if found else 'no':<7}{root}: {counts or 'no category with train/good'}")
+        found = [f"{category} ({len(image_files(path / 'train/good'))} training images)"
+                 for category, path in find_categories(root).items()]
+        print(f"{name:<15} {'found' if found else 'not'} in {root}: {', '.join(found) or '-'}")
     raise SystemExit(0)
 
 

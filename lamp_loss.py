@@ -74,8 +74,8 @@ def scale(error, eps=0.1, over="image", detach=True):
         raise ValueError(f'over must be "image" or "batch", got {over!r}')
     info = torch.finfo(error.dtype)
     if not info.eps <= eps < 1:
-        raise ValueError(f"eps must be at least {info.eps:.1e} (or 1 - eps is 1 in {error.dtype} and "
-                         f"the logarithm infinite) and below 1, got {eps}")
+        raise ValueError(f"eps must be below 1 and at least {info.eps:.1e} (or 1 - eps is rounded "
+                         f"to 1 in {error.dtype}, and the logarithm infinite), got {eps}")
     if over == "image":
         top = error.flatten(1).amax(1).view(-1, *[1] * (error.dim() - 1))  # (B, 1, 1, 1)
     else:
@@ -123,29 +123,25 @@ def figure_2(path, eps=0.1):
 
     One pixel's error y_hat - y runs from -1 to 1; Eq. 2's maximum is that range's, 1.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5.2), layout="constrained")
-    print(f"eps = {eps}\n{'error':>6}{'L1':>9}{'LAMP':>9}{'slope':>9}{'L2':>9}{'LAMP':>9}{'slope':>9}")
-    columns = []
-    for row, (name, base) in enumerate((("L_1", l1), ("L_2", l2))):
-        error = (torch.arange(-200.0, 201.0) / 200).requires_grad_()
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5.4), layout="constrained")
+    axes = figure.subplots(2, 2)
+    error, columns = (torch.arange(-200.0, 201.0) / 200).requires_grad_(), []
+    for row, (name, base) in zip(axes, (("1", l1), ("2", l2))):
         plain = base(error, torch.zeros_like(error))
-        amplified = lamp(plain[None], eps)[0]
-        slopes = [torch.autograd.grad(v.sum(), error, retain_graph=True)[0] for v in (plain, amplified)]
-        columns += [plain.tolist(), amplified.tolist(), slopes[1].tolist()]
-        for values, label in (((plain, slopes[0]), f"$\\mathcal{{{name[0]}}}_{name[2]}$"),
-                              ((amplified, slopes[1]), f"$\\mathcal{{L}}_{name[2]}^{{LAMP}}$")):
-            for axis, value in zip(axes[row], values):
-                axis.plot(error.detach(), value.detach(), label=label)
-        axes[row, 0].set(ylabel="loss", xlabel="$\\hat{y} - y$")
-        axes[row, 1].set(ylabel="gradient", xlabel="$\\hat{y} - y$")
-        axes[row, 0].legend()
+        for value, label in ((plain, ""), (lamp(plain[None], eps)[0], "^{LAMP}")):
+            slope, = torch.autograd.grad(value.sum(), error, retain_graph=True)
+            for axis, y in zip(row, (value, slope)):
+                axis.plot(error.detach(), y.detach(), label=f"$\mathcal{{L}}_{name}{label}$")
+                columns.append(y.tolist())
+        row[0].legend()
+        row[0].set(xlabel="$\hat{y} - y$", ylabel="loss")
+        row[1].set(xlabel="$\hat{y} - y$", ylabel="gradient")
+    print(" error       L1    slope  L1-LAMP    slope       L2    slope  L2-LAMP    slope")
     for i in range(200, 401, 25):
         print(f"{i / 200 - 1:6.3f}" + "".join(f"{column[i]:9.3f}" for column in columns))
-    figure.text(0.5, -0.03, f"python lamp_loss.py, eps = {eps}", ha="center", fontsize=8)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    figure.supxlabel(f"python lamp_loss.py --eps {eps}", fontsize=8)
+    figure.savefig(path, dpi=130)
     print(f"wrote {path}")
 
 
@@ -154,16 +150,13 @@ def main(argv=None):
     from pathlib import Path
     parser = argparse.ArgumentParser(description="Draw the paper's Fig. 2: LAMP and its gradients.")
     parser.add_argument("--eps", type=float, default=0.1, help="Eq. 2's epsilon (default: 0.1)")
-    parser.add_argument("--out", type=Path, default=Path("figures/figure2.png"),
-                        help="picture to write (default: figures/figure2.png)")
+    parser.add_argument("--out", default="figures/figure2.png", help="default: figures/figure2.png")
     args = parser.parse_args(argv)
-    if not 0 < args.eps < 1:
-        parser.error(f"--eps must lie between 0 and 1, got {args.eps}")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure_2(args.out, args.eps)
-    except OSError as error:
-        parser.error(f"cannot write {args.out}: {error.strerror}")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     raise SystemExit(0)
 
 

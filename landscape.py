@@ -18,15 +18,17 @@ With `detach` (see lamp_loss.py) the surface drawn is not quite the one that tra
 drawn is LAMP's value, in which Eq. 2's maximum moves; training holds it still at each step.
 """
 import argparse
-import functools
+import itertools
 import json
 import os
+import shlex
 import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import evaluate as ev
@@ -57,15 +59,14 @@ def random_direction(parameters, seed):
             for w in parameters]
 
 
-def around(model, loss, d, e, before=lambda: None):
-    """-> loss_at(a, b): loss() with the model's weights at w + a d + b e; loss_at(0, 0) restores w."""
+def around(model, loss, d, e):
+    """-> loss_at(a, b): loss() with model's weights at w + a d + b e; loss_at(0, 0) restores w."""
     weights = [w.detach().clone() for w in model.parameters()]
 
     @torch.no_grad()
     def loss_at(a, b):
         for p, w, x, y in zip(model.parameters(), weights, d, e):
             p.copy_(w + a * x + b * y)
-        before()
         return loss()
     return loss_at
 
@@ -80,7 +81,7 @@ def surface(loss_at, xs, ys, path=None):
     if path and Path(path).exists():
         with np.load(path) as saved:
             if not (np.array_equal(saved["xs"], xs) and np.array_equal(saved["ys"], ys)):
-                raise ValueError(f"{path} holds a surface on another grid: delete it, or name another --out")
+                raise ValueError(f"{path} is of another grid: delete it, or name another --out")
             z = saved["z"]
     todo, start, saved_at = np.argwhere(np.isnan(z)), time.perf_counter(), time.perf_counter()
     try:
@@ -108,76 +109,73 @@ def write_surface(path, z, xs, ys):
 def steepness(z, xs, ys):
     """How steep a surface is -> {gradient, curvature, and both divided by the loss at the center}.
 
-    gradient: mean over the grid of the gradient's norm (central differences); curvature: mean of the
-    second differences along both axes. Divided by the center they do not depend on the loss's scale.
+    gradient: mean over the grid of the gradient's norm (central differences); curvature: mean of
+    the second differences along both axes. Divided by the center they do not see the loss's scale.
     """
-    gx, gy = np.gradient(z, xs, ys)
-    h, k = xs[1] - xs[0], ys[1] - ys[0]
-    second = ((z[2:] - 2 * z[1:-1] + z[:-2]) / h ** 2).mean() + ((z[:, 2:] - 2 * z[:, 1:-1] + z[:, :-2]) / k ** 2).mean()
-    values = {"gradient": float(np.hypot(gx, gy).mean()), "curvature": float(second / 2)}
+    gradient = np.hypot(*np.gradient(z, xs, ys)).mean()
+    second = (np.diff(z, 2, axis=0).mean() / (xs[1] - xs[0]) ** 2
+              + np.diff(z, 2, axis=1).mean() / (ys[1] - ys[0]) ** 2) / 2
     center = z[len(xs) // 2, len(ys) // 2]
-    return {**values, **{f"{key} / loss": value / float(center) for key, value in values.items()}}
+    return {"gradient": gradient, "curvature": second, "gradient / loss": gradient / center,
+            "curvature / loss": second / center}
 
 
-def model_surface(model, criterion, x, y, xs, ys, seed=0, path=None, recompute=False):
+def model_surface(model, criterion, x, y, xs, seed=0, path=None, recompute=False):
     """The surface of criterion(model(x), y) around a model, on two directions drawn from `seed`."""
     model.eval()
     d, e = (random_direction(model.parameters(), 2 * seed + i) for i in (0, 1))
-    before = functools.partial(reestimate_batch_norm, model, [x]) if recompute else lambda: None
-    return surface(around(model, lambda: float(criterion(model(x), y)), d, e, before), xs, ys, path)
+
+    def loss():
+        if recompute:
+            reestimate_batch_norm(model, [x])
+        return float(criterion(model(x), y))
+    return surface(around(model, loss, d, e), xs, xs, path)
 
 
 # ---- pictures ----
 
-def draw(path, panels, xs, ys, footer, contours_only=False, rows=1):
-    """panels: [(title, z), ...] on one color scale: 3-D with its contour projection (Fig. 1), contour
-    lines (Fig. 3) and cuts through the center; or the contour lines alone, in several rows."""
-    import matplotlib
-    matplotlib.use("Agg")                                   # files only, no screen
-    import matplotlib.pyplot as plt
+def draw(path, panels, xs, footer, rows=1, solid=True):
+    """panels: [(title, z), ...] on one color scale: contour lines in several rows (Fig. 3), or each
+    with the surface and its contour projection above (Fig. 1) and cuts through the center below."""
     everything = np.concatenate([z.ravel() for _, z in panels])
-    low, high = everything.min(), np.quantile(everything, 0.97)         # corners may tower
+    low, high = everything.min(), np.quantile(everything, 0.97)             # corners may tower
     style = dict(levels=np.linspace(low, high, 31), vmin=low, vmax=high, cmap="viridis")
-    columns = len(panels) // rows
-    height = rows if contours_only else 3
-    figure = plt.figure(figsize=(3.6 * columns + 0.6, 3.3 * height), layout="constrained")
-    for n, (title, z) in enumerate(panels):
-        flat = figure.add_subplot(height, columns, n + 1 if contours_only else columns + n + 1)
-        lines = flat.contour(xs, ys, z.T, **style)
-        flat.set(xlabel="direction d", ylabel="direction e", aspect="equal")
-        if contours_only:
-            flat.set_title(title)
-            continue
-        solid = figure.add_subplot(height, columns, n + 1, projection="3d")
-        a, b = np.meshgrid(xs, ys, indexing="ij")
-        solid.plot_surface(a, b, z, cmap="viridis", vmin=low, vmax=high, rcount=60, ccount=60)
-        solid.contour(a, b, z, zdir="z", offset=0, **style)
-        solid.set(zlim=(0, everything.max()), title=title, xlabel="d", ylabel="e")
-        cut = figure.add_subplot(height, columns, 2 * columns + n + 1)
-        cut.plot(xs, z[:, len(ys) // 2], label="along d")
-        cut.plot(ys, z[len(xs) // 2], label="along e")
-        cut.set(xlabel="step along the direction", ylabel="loss", ylim=(0, high))
-        cut.legend(fontsize=8)
-    figure.colorbar(lines, ax=figure.axes, shrink=0.5, format="%.3g", label="loss, sum over an image")
+    columns, rows = len(panels) // rows, 3 if solid else rows
+    figure = Figure(figsize=(3.6 * columns + 0.6, 3.3 * rows), layout="constrained")
+    for n, (title, z) in enumerate(panels, 1):
+        flat = figure.add_subplot(rows, columns, n + columns * solid)
+        lines = flat.contour(xs, xs, z.T, **style)
+        flat.set(xlabel="direction d", ylabel="direction e", aspect="equal", title=title)
+        if solid:
+            top = figure.add_subplot(rows, columns, n, projection="3d")
+            a, b = np.meshgrid(xs, xs, indexing="ij")
+            top.plot_surface(a, b, z, cmap="viridis", vmin=low, vmax=high, rcount=60, ccount=60)
+            top.contour(a, b, z, zdir="z", offset=0, **style)
+            top.set(zlim=(0, everything.max()), xlabel="d", ylabel="e")
+            cut = figure.add_subplot(rows, columns, n + 2 * columns)
+            cut.plot(xs, z[:, len(xs) // 2], label="along d")
+            cut.plot(xs, z[len(xs) // 2], label="along e")
+            cut.set(xlabel="step along the direction", ylabel="loss", ylim=(0, high))
+            cut.legend(fontsize=8)
+    figure.colorbar(lines, ax=figure.axes, shrink=0.5, format="%.3g", label="loss of an image")
     figure.supxlabel("\n".join(textwrap.wrap(footer, 32 * columns)), fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     print(f"wrote {path}")
 
 
-# ---- what the paper draws ----
-
-def loss_name(c):
-    return f"{c['loss'].upper()}{'-LAMP' * c['lamp']}"
-
-
-def criterion_of(c, lamp=None):
-    return ReconstructionLoss(c["loss"], c["lamp"] if lamp is None else lamp, c["eps"], c["over"],
-                              c["detach"])
+def footer(args, what):
+    return (f"{what}, {args.images} images; directions of seed {args.seed}, filter-normalized; "
+            f"{args.grid} x {args.grid} points; batch norm statistics {args.bn}")
 
 
-def load_surface_inputs(run, args):
+def grid_of(args):
+    xs = np.linspace(-args.span, args.span, args.grid)
+    xs[args.grid // 2] = 0.0                                # exactly the trained weights
+    return xs
+
+
+def load_with_images(run, args):
     """A run -> (config, model, its first training images as the model sees them)."""
     state, model = ev.load_run(run)
     c = {**state["config"], "data_dir": args.data_dir or state["config"]["data_dir"]}
@@ -185,17 +183,35 @@ def load_surface_inputs(run, args):
     return c, model, inputs.prepare(inputs.train[:args.images])
 
 
+def compare_runs(runs, args, out):
+    """Runs side by side: the same seed of directions, images, axes and contour levels (Fig. 1)."""
+    loaded, panels = [load_with_images(run, args) for run in runs], []
+    shapes = [[p.shape for p in model.parameters()] for _, model, _ in loaded]
+    for number, (c, model, x) in enumerate(loaded):
+        if shapes[number] != shapes[0]:
+            raise ValueError(f"{runs[number]} is of another architecture than {runs[0]}")
+        criterion = ReconstructionLoss(args.under)
+        if args.under == "own":
+            criterion = ReconstructionLoss(*(c[k] for k in "loss lamp eps over detach".split()))
+        path = f"{Path(out).with_suffix('')}-{number}-{args.under}-{args.bn}-s{args.seed}.npz"
+        z = model_surface(model, criterion, x, x, grid_of(args), args.seed, path,
+                          args.bn == "recompute")
+        name = c["loss"].upper() + "-LAMP" * c["lamp"]
+        panels.append((f"{name}, batch size {c['batch_size']}\nunder {args.under} loss", z))
+    draw(out, panels, grid_of(args), footer(args, ", ".join(runs)))
+
+
+# ---- what the paper draws, and what it suggests ----
+
 def train_pair(batch_size, seed, args):
     """Autoencoders of MNIST's digit 3, L2 and L2-LAMP, same start and order -> two run folders."""
     folders = []
-    for lamp in ("", "-lamp"):
-        out = f"runs/landscape/mnist-3-l2{lamp}-b{batch_size}-s{seed}"
-        command = (f"--dataset mnist --normal 3 --batch-size {batch_size} --seed {seed} --out {out} "
-                   f"--epochs {args.epochs} --data-dir {args.data_dir or 'data'} --eval-every 0 "
-                   f"--no-pictures{' --lamp' * bool(lamp)}").split()
-        if not (Path(out) / "run.json").exists():
-            config = train.parse([*command, "--overwrite"])[1]
-            train.run(config, " ".join(["python train.py", *command]))
+    for lamp in ([], ["--lamp"]):
+        out = f"runs/landscape/mnist-3-l2{''.join(lamp)}-b{batch_size}-e{args.epochs}-s{seed}"
+        argv = ["--dataset", "mnist", "--normal", "3", "--batch-size", str(batch_size), "--seed",
+                str(seed), "--epochs", str(args.epochs), "--data-dir", args.data_dir or "data",
+                "--eval-every", "0", "--no-pictures", "--resume", "--out", out, *lamp]
+        train.run(train.parse(argv)[1], shlex.join(["python", "train.py", *argv]))
         folders.append(out)
     return folders
 
@@ -206,119 +222,87 @@ def train_classifier(lamp, batch_size, seed, args):
     (images, labels), _, _ = DATASETS["mnist"](Path(args.data_dir or "data"))
     x, y = resize(images[:10000], 32), torch.eye(10)[labels[:10000]]
     torch.manual_seed(seed)
-    encoder = ConvAutoencoder().encoder
-    model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(64, 10), nn.Sigmoid())
+    model = nn.Sequential(ConvAutoencoder().encoder, nn.Flatten(), nn.Linear(64, 10), nn.Sigmoid())
     print(f"encoder, {'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}, seed {seed}")
-    train.fit(model, x, ReconstructionLoss("l2", lamp), y, epochs=args.epochs, batch_size=batch_size, seed=seed)
+    train.fit(model, x, ReconstructionLoss("l2", lamp), y, epochs=args.epochs,
+              batch_size=batch_size, seed=seed)
     reestimate_batch_norm(model, to_float(x).split(250))
     return model, to_float(x[:args.images]), y[:args.images]
 
 
-def grid_of(args):
-    xs = np.linspace(-args.span, args.span, args.grid)
-    xs[args.grid // 2] = 0.0                                # exactly the trained weights
-    return xs
-
-
-def compare_runs(runs, args, out):
-    """Runs side by side: same directions' seed, images, axes and contour levels."""
-    xs, panels = grid_of(args), []
-    loaded = [load_surface_inputs(run, args) for run in runs]
-    shapes = [[p.shape for p in model.parameters()] for _, model, _ in loaded]
-    for run, shape in zip(runs, shapes):
-        if shape != shapes[0]:
-            raise ValueError(f"{run} has another architecture than {runs[0]}: compare like with like")
-    for number, (c, model, x) in enumerate(loaded):
-        criterion = criterion_of(c) if args.under == "own" else ReconstructionLoss(args.under)
-        path = f"{Path(out).with_suffix('')}-{number}-{args.under}-{args.bn}-s{args.seed}.npz"
-        z = model_surface(model, criterion, x, x, xs, xs, args.seed, path, args.bn == "recompute")
-        under = "own loss" if args.under == "own" else args.under.upper()
-        panels.append((f"{loss_name(c)}, batch {c['batch_size']}\nunder {under}", z))
-    draw(out, panels, xs, xs, footer(args, f"{', '.join(runs)}, {len(loaded[0][2])} images"))
-
-
-def footer(args, what):
-    return (f"{what}; directions of seed {args.seed}, filter-normalized; {args.grid} x {args.grid} points "
-            f"from -{args.span:g} to {args.span:g}; batch norm statistics {args.bn}")
-
-
 def figure_3(args, out):
     """The paper's Fig. 3: contours of L2 and L2-LAMP for batch sizes 128, 16 and 4."""
-    xs, panels = grid_of(args), []
-    for lamp in (False, True):
-        for batch_size in (128, 16, 4):
-            model, x, y = train_classifier(lamp, batch_size, args.seed, args)
-            z = model_surface(model, ReconstructionLoss("l2", lamp), x, y, xs, xs, args.seed,
-                              recompute=args.bn == "recompute")
-            panels.append((f"{'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}", z))
-    draw(out, panels, xs, xs, footer(args, f"encoders predicting MNIST classes, {args.images} images"),
-         contours_only=True, rows=2)
+    panels = []
+    for lamp, batch_size in itertools.product((False, True), (128, 16, 4)):
+        model, x, y = train_classifier(lamp, batch_size, args.seed, args)
+        z = model_surface(model, ReconstructionLoss("l2", lamp), x, y, grid_of(args), args.seed,
+                          recompute=args.bn == "recompute")
+        panels.append((f"{'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}", z))
+    text = footer(args, f"encoders that predict MNIST's classes, {args.epochs} epochs")
+    draw(out, panels, grid_of(args), text, rows=2, solid=False)
+
+
+MEANINGS = {"a": "the L2 model seen through LAMP", "c": "both models under L2",
+            "b": "each model under its own loss, as in the paper"}
 
 
 def measure_steepness(kind, batch_size, seed, args):
-    """Ratios LAMP / L2 of four measures for the three meanings, means over four direction pairs."""
+    """{meaning: {measure: LAMP / L2}}, means over four pairs of directions."""
     if kind == "autoencoder":
-        loaded = [load_surface_inputs(run, args) for run in train_pair(batch_size, seed, args)]
-        plain, amplified = (model for _, model, _ in loaded)
-        x = y = loaded[0][2]
+        (_, plain, x), (_, amplified, _) = (load_with_images(run, args)
+                                            for run in train_pair(batch_size, seed, args))
+        y = x
     else:
         (plain, x, y), (amplified, _, _) = (train_classifier(lamp, batch_size, seed, args)
                                             for lamp in (False, True))
-    l2, lamp, xs = ReconstructionLoss("l2"), ReconstructionLoss("l2", lamp=True), grid_of(args)
-    sums = {}
-    for pair in range(4):
-        for name, model, criterion in (("base", plain, l2), ("a", plain, lamp), ("b", amplified, lamp),
-                                       ("c", amplified, l2)):
-            z = model_surface(model, criterion, x, y, xs, xs, seed=10 * seed + pair)
-            for key, value in steepness(z, xs, xs).items():
-                sums[name, key] = sums.get((name, key), 0) + value
-    return {name: {key: sums[name, key] / sums["base", key] for key in MEASURES} for name in "abc"}
-
-
-MEASURES = ("gradient", "curvature", "gradient / loss", "curvature / loss")
-MEANINGS = {"a": "the L2 model seen through LAMP", "b": "each model under its own loss (the paper)",
-            "c": "both models under L2"}
+    l2, lamp, totals = ReconstructionLoss("l2"), ReconstructionLoss("l2", lamp=True), {}
+    for name, model, criterion in (("base", plain, l2), ("a", plain, lamp), ("b", amplified, lamp),
+                                   ("c", amplified, l2)):
+        each = [steepness(model_surface(model, criterion, x, y, grid_of(args), 10 * seed + pair),
+                          grid_of(args), grid_of(args)) for pair in range(4)]
+        totals[name] = {key: sum(s[key] for s in each) for key in each[0]}
+    return {name: {key: totals[name][key] / totals["base"][key] for key in totals[name]}
+            for name in MEANINGS}
 
 
 def steepness_table(args, out):
-    """How many times steeper LAMP is, by three meanings: ratios with 95 % intervals over seeds."""
-    lines = [f"| what | batch size | meaning | {' | '.join(MEASURES)} |", "|---" * 7 + "|"]
-    results = {}
-    for kind in ("autoencoder", "classifier"):
-        for batch_size in (128, 16, 4):
-            key = f"{kind}-{batch_size}"
-            results[key] = [measure_steepness(kind, batch_size, seed, args) for seed in range(3)]
-            for name, meaning in MEANINGS.items():
-                cells = []
-                for measure in MEASURES:
-                    values = [r[name][measure] for r in results[key]]
-                    cells.append(f"{np.mean(values):.3g} ± {ev.interval(values):.2g}")
-                lines.append(f"| {kind} | {batch_size} | ({name}) {meaning} | {' | '.join(cells)} |")
-            print(f"\n{lines[-3]}\n{lines[-2]}\n{lines[-1]}\n")
+    """How many times steeper LAMP is, by three meanings: ratios, 95 % intervals over 3 seeds."""
+    lines, results = [], {}
+    for kind, batch_size in itertools.product(("autoencoder", "classifier"), (128, 16, 4)):
+        ratios = [measure_steepness(kind, batch_size, seed, args) for seed in range(3)]
+        results[f"{kind}-{batch_size}"] = ratios
+        for name, meaning in MEANINGS.items():
+            values = {key: [r[name][key] for r in ratios] for key in ratios[0][name]}
+            cells = [f"{np.mean(v):.2f} ± {ev.interval(v):.2f}" for v in values.values()]
+            lines.append(f"| {kind} | {batch_size} | ({name}) {meaning} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    lines[:0] = [f"| network | batch size | compared | {' | '.join(values)} |", "|---" * 7 + "|"]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text("\n".join(lines) + "\n")
     Path(out).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join([*lines, f"wrote {out}"]))
 
 
-def main(argv=None):
+# ---- the command ----
+
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote, of one architecture")
-    add("--figure", type=int, choices=(1, 3), help="the paper's figure, with all the training it needs")
-    add("--steepness", action="store_true", help="measure three meanings of steeper, with intervals")
+    add("--figure", type=int, choices=(1, 3), help="the paper's figure, with the training it needs")
+    add("--steepness", action="store_true", help="measure three meanings of steeper, 3 seeds")
     add("--under", choices=("own", "l1", "l2", "ssim"), default="own",
-        help="the loss that is drawn: of each run its own, or one for all (default: own)")
+        help="the loss that is drawn: each run's own, or one for all (default: own)")
     add("--bn", choices=("frozen", "recompute"), default="frozen",
-        help="batch norm statistics: those of the trained model, or anew at each point")
-    add("--grid", type=int, help="points a side (default: 51; 11 for --steepness)")
-    add("--span", type=float, default=1.0, help="largest step, in norms of the weights (default: 1)")
-    add("--images", type=int, help="images the loss is computed on (default: 1024; 256)")
-    add("--seed", type=int, default=0, help="of the directions (and of a figure's training)")
-    add("--epochs", type=int, default=4, help="of the training for --figure, --steepness")
-    add("--threads", type=int, default=0, help="CPU threads, 0 for all cores")
+        help="batch norm statistics: the trained model's, or anew at each point (default: frozen)")
+    add("--grid", type=int, help="points a side, odd (default: 51; 11 for --steepness)")
+    add("--span", type=float, default=1.0, help="largest step, in weights' norms (default: 1)")
+    add("--images", type=int, help="training images the loss is of (default: 1024; 256)")
+    add("--seed", type=int, default=0, help="of directions and a figure's training (default: 0)")
+    add("--epochs", type=int, default=4, help="of a figure's training (default: 4)")
+    add("--threads", type=int, default=0, help="CPU threads, 0 for all cores (default: 0)")
     add("--data-dir", help="where the data sets are (default: as in the run, or data)")
-    add("--out", help="picture or table (default: in figures/ or results/)")
+    add("--out", help="picture or table (default: in figures, runs/landscape, results/steepness)")
     args = parser.parse_args(argv)
     args.grid = args.grid or (11 if args.steepness else 51)
     args.images = args.images or (256 if args.steepness else 1024)
@@ -326,10 +310,15 @@ def main(argv=None):
         parser.error(f"--grid {args.grid}: an odd number from 3 on, so that the center is a point")
     if not 0 < args.span <= 1e3:
         parser.error(f"--span {args.span}: a step above 0, at most 1000")
-    if args.images < 1 or args.epochs < 1 or args.seed < 0 or args.threads < 0:
-        parser.error("--images and --epochs must be at least 1, --seed and --threads at least 0")
+    if min(args.images, args.epochs) < 1 or min(args.seed, args.threads) < 0:
+        parser.error("--images and --epochs start at 1, --seed and --threads at 0")
     if bool(args.runs) + bool(args.figure) + args.steepness != 1:
         parser.error("give runs, or --figure, or --steepness")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse(argv)
     torch.set_num_threads(args.threads or os.cpu_count())
     torch.set_flush_denormal(True)
     try:
@@ -344,7 +333,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"landscape.py: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted; a finished part of a surface is kept\n")
+        parser.exit(130, "\ninterrupted; what was computed of a surface is kept\n")
     raise SystemExit(0)
 
 

@@ -685,7 +685,7 @@ def test_a_loss_that_is_not_finite_stops_at_that_step():
     ("--device cuda", "finds none"), ("--dataset mvtec --data-dir nowhere", "mvtec.com"),
     ("--dataset folder --data-dir nowhere", "found: nothing"), ("--resume --overwrite", "one of them"),
     ("--model uniad --loss ssim", "l1 or l2"), ("--model uniad --image-size 100", "multiple of 16"),
-    ("--model uniad --backbone resnet18 --backbone-weights no.pth", "no.pth: not a state dict"),
+    ("--model uniad --backbone resnet18 --backbone-weights no.pth", "no.pth: no state dict"),
     ("--dataset folder --validate", "no anomalies"), ("--seed 1.5", "invalid int"), ("--batch 3", "batch 3"),
     ("--model uniad --backbone resnet18 --backbone-weights random --image-size 32", "hides the whole 2x2"),
     ("--depth 6 --image-size 64 --batch-size 1", "--batch-size 2"), ("--out /dev/null/x", "/dev/null"),
@@ -749,7 +749,7 @@ def test_the_center_of_a_surface_is_the_trained_model_s_loss():
     model, x, xs = ConvAutoencoder(depth=2), torch.rand(6, 1, 16, 16), np.linspace(-1, 1, 3)
     for amplify in (False, True):
         criterion = ReconstructionLoss("l2", amplify)
-        z = landscape.model_surface(model, criterion, x, x, xs, xs)
+        z = landscape.model_surface(model, criterion, x, x, xs)
         with torch.no_grad():
             close(z[1, 1], criterion(model.eval()(x), x), 1e-6)
 

