@@ -289,8 +289,8 @@ def verdict(judged, i):
 
 
 def interval(values, level=0.95):
-    """Half the width of the Student-t confidence interval of a mean; NaN for a single value."""
-    return float(stats.sem(values) * stats.t.ppf((1 + level) / 2, max(len(values) - 1, 1)))
+    """Half the width of the Student-t confidence interval of the mean of two or more values."""
+    return float(stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1))
 
 
 def read_results(folder, rows, metric):
@@ -342,7 +342,7 @@ def table(folder, rows=("category",), metric="image_auroc", paper="results/paper
 def summary(values, sign=""):
     """Mean and 95 % interval as text; without the interval for one value, empty for none."""
     values = list(values)
-    spread = f" ± {interval(values):.4f}" * (len(values) > 1)
+    spread = f" ± {interval(values):.4f}" if len(values) > 1 else ""
     return f"{np.mean(values):{sign}.4f}{spread}" if values else ""
 
 

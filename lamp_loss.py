@@ -132,11 +132,11 @@ def figure_2(path, eps=0.1):
         for value, label in ((plain, ""), (lamp(plain[None], eps)[0], "^{LAMP}")):
             slope, = torch.autograd.grad(value.sum(), error, retain_graph=True)
             for axis, y in zip(row, (value, slope)):
-                axis.plot(error.detach(), y.detach(), label=f"$\mathcal{{L}}_{name}{label}$")
+                axis.plot(error.detach(), y.detach(), label=rf"$\mathcal{{L}}_{name}{label}$")
                 columns.append(y.tolist())
         row[0].legend()
-        row[0].set(xlabel="$\hat{y} - y$", ylabel="loss")
-        row[1].set(xlabel="$\hat{y} - y$", ylabel="gradient")
+        row[0].set(xlabel=r"$\hat{y} - y$", ylabel="loss")
+        row[1].set(xlabel=r"$\hat{y} - y$", ylabel="gradient")
     print(" error       L1    slope  L1-LAMP    slope       L2    slope  L2-LAMP    slope")
     for i in range(200, 401, 25):
         print(f"{i / 200 - 1:6.3f}" + "".join(f"{column[i]:9.3f}" for column in columns))

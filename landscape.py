@@ -179,7 +179,7 @@ def load_with_images(run, args):
     """A run -> (config, model, its first training images as the model sees them)."""
     state, model = ev.load_run(run)
     c = {**state["config"], "data_dir": args.data_dir or state["config"]["data_dir"]}
-    inputs = ev.open_data(c, standardized=state["backbone"])[1]
+    inputs = ev.open_data(c, mean_std=state["backbone"])[1]
     return c, model, inputs.prepare(inputs.train[:args.images])
 
 
@@ -190,9 +190,8 @@ def compare_runs(runs, args, out):
     for number, (c, model, x) in enumerate(loaded):
         if shapes[number] != shapes[0]:
             raise ValueError(f"{runs[number]} is of another architecture than {runs[0]}")
-        criterion = ReconstructionLoss(args.under)
-        if args.under == "own":
-            criterion = ReconstructionLoss(*(c[k] for k in "loss lamp eps over detach".split()))
+        loss, lamp = (c["loss"], c["lamp"]) if args.under == "own" else (args.under, False)
+        criterion = ReconstructionLoss(loss, lamp, c["eps"], c["over"], c["detach"])
         path = f"{Path(out).with_suffix('')}-{number}-{args.under}-{args.bn}-s{args.seed}.npz"
         z = model_surface(model, criterion, x, x, grid_of(args), args.seed, path,
                           args.bn == "recompute")
