@@ -151,7 +151,7 @@ def load_torchvision(kind):
             images = torch.as_tensor(np.asarray(split.data))
             images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
             splits.append((images, torch.as_tensor(split.targets)))
-        return *splits, [name.split(" - ")[0] for name in kind.classes]     # MNIST: "3 - three"
+        return *splits, [name.split(" - ")[0] for name in split.classes]    # MNIST: "3 - three"
     return loader
 
 

@@ -86,8 +86,7 @@ def aupro(maps, masks, limit=0.3):
 
     At each threshold: the overlap of the detected pixels with each defect (8-connected part of a
     mask), averaged over defects, against the false positive rate over all defect-free pixels,
-    those of normal images included. Integrated up to FPR = limit and divided by limit; exact, a
-    threshold at every value.
+    those of normal images included. Exact; integrated up to FPR = limit and divided by limit.
     """
     maps, masks = np.asarray(maps), np.asarray(masks, dtype=bool)
     weight, parts = np.zeros(maps.shape), 0                 # the pixels of a defect share weight 1
@@ -173,11 +172,8 @@ def load_run(path, device="cpu"):
 
 
 def judge(model, c, data, inputs):
-    """The test set -> metrics as in run.json, and what they come from.
-
-    scale: the upper end of the heat maps' color scale, twice the 99.9 % quantile of the error of
-    normal pixels that were not trained on, one for all pictures of a run.
-    """
+    """The test set -> metrics as in run.json, and what they come from. scale: the upper end of all
+    heat maps' color scale, twice the 99.9 % quantile of the error of held-out normal pixels."""
     held, maps = (anomaly_maps(model, x, data.test.shape[-1], inputs.prepare)
                   for x in (inputs.held, inputs.test))
     scores, limit, scale = image_scores(maps, c["score"]), None, 1.0
@@ -195,7 +191,8 @@ def judge(model, c, data, inputs):
 def describe(m):
     """Metrics as lines to print: of each category, their mean, and what the threshold does."""
     lines = [" " * 20 + "".join(f"{key.replace('_', ' '):>13}" for key in METRICS)]
-    for name, row in [*m["categories"].items(), ("mean", m)]:
+    each = m["categories"].items() if len(m["categories"]) > 1 else ()
+    for name, row in [*each, ("mean", m)]:
         lines.append(f"{name[:19]:<20}" + "".join(f"{number(row[key]):>13}" for key in METRICS))
     if m["image_auroc"] is None:
         lines.append("-: a metric needs both normal and anomalous test images")

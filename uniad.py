@@ -99,7 +99,7 @@ class Backbone(nn.Module):
         """Set mean and std, channel by channel, from raw features (N, C, g, g) of normal images."""
         for c, channel in enumerate(features.unbind(1)):    # one at a time: float64 of all is large
             self.std[c], self.mean[c] = torch.std_mean(channel.double(), correction=0)
-        self.std.clamp_(min=1e-6)
+        self.std.clamp_(min=max(0.05 * float(self.std.mean()), 1e-6))   # dead channels stay quiet
 
 
 def stages_of(net, name):
