@@ -48,17 +48,15 @@ PLAIN = dict(neighbors=0, jitter=0.0, query="none")
 DEFAULTS = {                                                # of options left unset, by model
     "ae": dict(lr=1e-3, epochs=10, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
                weight_decay=0.0, **PLAIN),
-    "uniad": UNIAD, "transformer": {**UNIAD, **PLAIN, "query": "first"},
-    "mlp": {**UNIAD, **PLAIN}, "cnn": {**UNIAD, **PLAIN},
+    "uniad": UNIAD, "transformer": {**UNIAD, **PLAIN, "query": "first"}, "mlp": {**UNIAD, **PLAIN},
+    "cnn": {**UNIAD, **PLAIN},
 }
 FEW_IMAGES, MANY_EPOCHS = ("digits", "mvtec", "folder"), 100    # hundreds, not thousands of images
-RANGES = {                                                  # smallest and largest value that works
-    "image_size": (1, 4096), "depth": (1, 12), "width": (1, 4096), "latent": (1, 65536),
-    "kernel_size": (1, 99), "patches": (1, 4096), "neighbors": (0, 999), "jitter": (0, 1e6),
-    "epochs": (1, 10 ** 6), "batch_size": (1, 10 ** 6), "lr": (1e-12, 1e3), "weight_decay": (0, 10),
-    "clip": (0, 1e9), "seed": (0, 2 ** 63 - 1), "threads": (0, 1024), "eval_every": (0, 10 ** 6),
-    "eps": (1e-6, 0.999), "fpr": (1e-6, 0.999),
-}
+RANGES = dict(                                              # smallest and largest value that works
+    image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(1, 65536), kernel_size=(1, 99),
+    patches=(1, 4096), neighbors=(0, 999), jitter=(0, 1e6), epochs=(1, 10 ** 6), clip=(0, 1e9),
+    batch_size=(1, 10 ** 6), lr=(1e-12, 1e3), weight_decay=(0, 10), seed=(0, 2 ** 63 - 1),
+    threads=(0, 1024), eval_every=(0, 10 ** 6), eps=(1e-6, 0.999), fpr=(1e-6, 0.999))
 FIT_OPTIONS = "epochs batch_size lr optimizer schedule weight_decay clip seed amp".split()
 FREE = "epochs pictures out data_dir cache_dir device threads resume overwrite".split()
 
@@ -70,24 +68,18 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {}, save=lambda s: None):
     """Train model to reconstruct inputs (N, C, H, W), or to predict targets (N, ...) from them.
 
-    criterion(x_hat, x) -> scalar, summed over C, H, W; prepare: stored inputs -> what the model
-    sees. evaluate(epoch) -> metrics, and save(state), are called after each epoch; resume is such a
-    state. Under torchrun each process takes its share of each batch. Returns the history, a list of
-    dicts. Raises FloatingPointError where the loss is not finite, ValueError where a batch is
-    smaller than `smallest`.
-    """
+    criterion(x_hat, x) -> scalar, summed over C, H, W; prepare: stored inputs -> the model's;
+    evaluate(epoch) -> metrics for the history and save(state) end each epoch; resume: such a state.
+    Under torchrun each process takes its share of each batch. Returns the history; raises
+    FloatingPointError (loss not finite), ValueError (a batch below `smallest`)."""
     device, order = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.to(memory_format=torch.channels_last)             # twice as fast to convolve on a CPU
     runner = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    optim, history = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay), []
-    if resume:
-        optim.load_state_dict(resume["optimizer"])
-        order.set_state(resume["order"])
-        torch.set_rng_state(resume["rng"])                  # dropout and jitter draw from this one
-        history = list(resume["history"])
+    optim = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay)
+    history = restore(resume, optim, order) if resume else []
     for epoch in range(len(history) + 1, epochs + 1):
-        start, totals = time.perf_counter(), torch.zeros(2, dtype=torch.float64)
+        start, totals = time.perf_counter(), torch.zeros(2)
         batches = draw_batches(len(inputs), batch_size, order, smallest * world)
         model.train()
         for step, index in enumerate(batches):
@@ -96,23 +88,30 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             y = x if targets is None else targets[mine].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x_hat = runner(x)
-            weight = len(mine) * world / len(index) / y[0].numel()      # processes are averaged
-            loss = criterion(x_hat.float(), y) * weight
+            share = len(mine) * world / len(index)          # the processes' gradients are averaged
+            loss = criterion(x_hat.float(), y) / y[0].numel() * share
             rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
             take_step(model, optim, loss, rate, clip, f"epoch {epoch}, step {step + 1}")
-            base = float(getattr(criterion, "base_error", 0)) * weight
+            base = float(getattr(criterion, "base_error", 0)) / y[0].numel() * share
             totals += torch.tensor([loss.item(), base]) * (len(index) / len(inputs) / world)
         if world > 1:
             dist.all_reduce(totals)
         history.append({"epoch": epoch, "loss": float(totals[0]), "base_error": float(totals[1]),
                         "seconds": round(time.perf_counter() - start, 3)})
         if rank == 0:
-            metrics = evaluate(epoch)
-            history[-1].update({k: metrics.get(k) for k in ("image_auroc", "pixel_auroc")})
+            history[-1].update(evaluate(epoch))
             print_epoch(history, epochs)
             save({"optimizer": optim.state_dict(), "order": order.get_state(),
                   "rng": torch.get_rng_state(), "history": history})
     return history
+
+
+def restore(state, optim, order):
+    """Optimizer and generators as they were when `state` was saved -> its history."""
+    optim.load_state_dict(state["optimizer"])
+    order.set_state(state["order"])
+    torch.set_rng_state(state["rng"])                       # dropout and jitter draw from this one
+    return list(state["history"])
 
 
 def draw_batches(n, size, generator, smallest):
@@ -143,7 +142,8 @@ def take_step(model, optim, loss, rate, clip, where):
 
 def print_epoch(history, epochs):
     h, left = history[-1], epochs - len(history)
-    auroc = "" if h["image_auroc"] is None else f"   image AUROC {h['image_auroc']:.4f}"
+    known = h.get("image_auroc") is not None
+    auroc = f"   image AUROC {h['image_auroc']:.4f}" if known else ""
     remaining = sum(e["seconds"] for e in history) / len(history) * left
     keep = auroc or not left or not sys.stdout.isatty()     # on a terminal, others are overwritten
     print(f"epoch {h['epoch']:>4}/{epochs}   loss {h['loss']:.5f}   base error "
@@ -161,10 +161,9 @@ def parse(argv):
     model_options(parser)
     run_options(parser)
     given = vars(parser.parse_args(argv))
-    defaults = dict(DEFAULTS[given["model"]])
-    if given["model"] == "ae" and given["dataset"] in FEW_IMAGES:
-        defaults["epochs"] = MANY_EPOCHS
-    return parser, complete({**defaults, **given}, parser)
+    few = given["model"] == "ae" and given["dataset"] in FEW_IMAGES
+    epochs = {"epochs": MANY_EPOCHS} if few else {}
+    return parser, complete({**DEFAULTS[given["model"]], **epochs, **given}, parser)
 
 
 def unset(key=None, text=""):                               # an option left out until `complete`
@@ -229,6 +228,7 @@ def run_options(parser):
                                           "(default: a tenth of the epochs)"))
     add("--pictures", action=yes_no, default=True, help="draw curves and examples")
     add("--out", **unset(text="folder of the run (default: runs/<its options>)"))
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on where the run in --out stopped")
     add("--overwrite", action="store_true", help="replace the run in --out")
 
@@ -248,8 +248,6 @@ def complete(c, parser):
             parser.error(f"--{key.replace('_', '-')} {c[key]}: expected {low} to {high}")
     if c["loss"] == "ssim" and not is_ae:
         parser.error("--loss ssim compares images in [0, 1]; with CNN features use l1 or l2")
-    if c["resume"] and c["overwrite"]:
-        parser.error("--resume goes on, --overwrite starts anew: give one of them")
     found = {"cuda": torch.cuda.is_available(), "cpu": True,
              "mps": torch.backends.mps.is_available()}
     if c["device"] == "auto":
@@ -285,10 +283,8 @@ def write_checkpoint(path, fixed, model, progress):
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def assess(c, model, data, inputs, epoch):
-    """Settle batch norm, judge the test set -> metrics, Judged; after an epoch, if it is due."""
-    if epoch and (not c["eval_every"] or epoch % c["eval_every"] or epoch == c["epochs"]):
-        return {}, None
+def assess(c, model, data, inputs):
+    """Settle batch norm, then judge the test set -> metrics, Judged."""
     if c["reestimate"]:
         parts, device = -(-len(inputs.train) // 256), next(model.parameters()).device
         batches = inputs.train.tensor_split(parts)
@@ -296,13 +292,20 @@ def assess(c, model, data, inputs, epoch):
     return ev.judge(model, c, data, inputs)
 
 
+def curve_point(epoch, c, model, data, inputs):
+    """For the history: AUROC every --eval-every epochs, else None; nothing is chosen by it."""
+    due = c["eval_every"] and epoch % c["eval_every"] == 0 and epoch < c["epochs"]
+    metrics = assess(c, model, data, inputs)[0] if due else {}
+    return {key: metrics.get(key) for key in ("image_auroc", "pixel_auroc")}
+
+
 def finish(c, model, data, inputs, save, state, command, started):
     """Evaluate the last epoch; write model.pt with the threshold, run.json and the pictures."""
-    metrics, judged = assess(c, model, data, inputs, epoch=0)
+    metrics, judged = assess(c, model, data, inputs)
     history, out = state["history"], Path(c["out"])
     seconds = sum(h["seconds"] for h in history)
-    metrics["train_seconds"] = round(seconds, 2)
-    metrics["images_per_second"] = round(len(inputs.train) * len(history) / max(seconds, 1e-9), 1)
+    metrics.update(train_seconds=round(seconds, 2), images_per_second=round(
+        len(inputs.train) * len(history) / max(seconds, 1e-9), 1))
     if history:
         history[-1].update({key: metrics[key] for key in ("image_auroc", "pixel_auroc")})
     save({**state, "threshold": metrics["threshold"], "scale": judged.scale})
@@ -354,7 +357,7 @@ def run(c, command):
         fit(model, inputs.train, criterion, **{key: c[key] for key in FIT_OPTIONS}, save=save,
             prepare=inputs.prepare, resume=state if state and state["history"] else None,
             smallest=model.smallest_batch(c["image_size"]) if c["model"] == "ae" else 1,
-            evaluate=lambda epoch: assess(c, model, data, inputs, epoch)[0])
+            evaluate=lambda epoch: curve_point(epoch, c, model, data, inputs))
     except KeyboardInterrupt:
         print("\ninterrupted: evaluating the last full epoch, from which --resume goes on")
         status = 130
