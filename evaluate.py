@@ -182,8 +182,8 @@ def judge(model, c, data, inputs):
         scale = 2 * float(np.quantile(held.numpy(), 0.999))
     result = {**measure(scores, maps, data), "threshold": limit}
     for label, rate, error in ((0, "fpr", "normal_error"), (1, "tpr", "anomaly_error")):
-        mine = scores[data.labels == label].double()
-        result[rate] = float((mine > limit).double().mean()) if len(mine) and len(held) else None
+        mine = scores[data.labels == label]
+        result[rate] = float((mine > limit).float().mean()) if len(mine) and len(held) else None
         result[error] = float(mine.mean()) if len(mine) else None
     return result, Judged(maps, scores, limit, scale)
 
@@ -321,19 +321,19 @@ def table(folder, rows=("category",), metric="image_auroc", paper="results/paper
         cells["mean",] = [{c: v for row in cells for c, v in cells[row][k].items()} for k in (0, 1)]
     for n in json.loads(Path(paper).read_text()) if Path(paper).exists() else ():
         known[frozenset(f"{n['row']} {n['column']}".lower().split())] = f" ({n['value']:.3f})"
-    lines = [f"| {', '.join(rows)} | base loss | LAMP | difference | wins | p |", "|---" * 6 + "|"]
+    lines = [[", ".join(rows), "base loss", "LAMP", "difference", "wins", "p"], ["---"] * 6]
     for row in sorted(cells, key=lambda r: [(v == "mean", isinstance(v, str), v or 0) for v in r]):
         plain, lamp = cells[row]
         d = [lamp[c] - plain[c] for c in lamp if c in plain]
         wins, played = sum(x > 0 for x in d), sum(x != 0 for x in d)
         words = [" ".join(map(str, [*row, metric, *name])).lower() for name in ((), ("lamp",))]
         papers = [known.get(frozenset(text.split()), "") for text in words]
-        lines.append(" | ".join([
-            f"| {', '.join(map(str, row))}", summary(plain.values()) + papers[0] * bool(plain),
-            summary(lamp.values()) + papers[1] * bool(lamp), summary(d, "+"),
-            f"{wins} of {len(d)}" * bool(d),
-            f"{stats.binomtest(wins, played).pvalue:.3f} |" if played > 1 else "|"]))
-    return "\n".join(lines)
+        lines.append([", ".join(map(str, row)), summary(plain.values()) + papers[0] * bool(plain),
+                      summary(lamp.values()) + papers[1] * bool(lamp), summary(d, "+"),
+                      f"{wins} of {len(d)}" * bool(d),
+                      f"{stats.binomtest(wins, played).pvalue:.3f}" if played > 1 else ""])
+    width = 6 if any(lamp for _, lamp in cells.values()) else 2
+    return "\n".join(f"| {' | '.join(line[:width])} |" for line in lines)
 
 
 def summary(values, sign=""):

@@ -10,10 +10,10 @@ its command. On one CPU a command repeats to the last bit (same --threads); on a
 """
 import argparse
 import functools
+import io
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import sys
@@ -128,9 +128,8 @@ def draw_batches(n, size, generator, smallest):
 def take_step(model, optim, loss, rate, clip, where):
     """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()} at {where}, learning rate {rate:.2g}: "
-                                 f"try --lr {rate / 10:.1g} or --clip 1, without --amp; the "
-                                 "checkpoint of the last full epoch is kept")
+        raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}; try --lr "
+                                 f"{rate / 10:.1g} or --clip 1; the last epoch is kept")
     for group in optim.param_groups:
         group["lr"] = rate
     optim.zero_grad()
@@ -268,8 +267,7 @@ def open_folder(c):
     old = state["config"]
     if not c["resume"]:
         raise ValueError(f"{out} already holds a run of {len(state['history'])} of {old['epochs']} "
-                         "epochs: --resume goes on with it, --overwrite replaces it, or name "
-                         "another --out")
+                         "epochs: --resume goes on, --overwrite replaces it, or name another --out")
     changed = [f"--{k.replace('_', '-')} {old.get(k)} (now {c[k]})" for k in c
                if k not in FREE and c[k] != old.get(k)]
     if changed:
@@ -279,7 +277,9 @@ def open_folder(c):
 
 def write_checkpoint(path, fixed, model, progress):
     """model.pt beside its place, then moved into it: a kill at any moment leaves a whole one."""
-    torch.save({**progress, **fixed, "model": model.state_dict()}, path.with_suffix(".tmp"))
+    buffer = io.BytesIO()                                   # a full disk is then a plain OSError
+    torch.save({**progress, **fixed, "model": model.state_dict()}, buffer)
+    path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -309,7 +309,7 @@ def finish(c, model, data, inputs, save, state, command, started):
     if history:
         history[-1].update({key: metrics[key] for key in ("image_auroc", "pixel_auroc")})
     save({**state, "threshold": metrics["threshold"], "scale": judged.scale})
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "torchvision": torchvision.__version__, "threads": torch.get_num_threads()}
     record = {"command": command, "config": c, "versions": versions, "history": history,
               "seconds": round(time.perf_counter() - started, 2), "metrics": metrics}

@@ -1,9 +1,9 @@
 """UniAD: "A Unified Model for Multi-class Anomaly Detection" (You et al., NeurIPS 2022).
 
-One transformer learns to reconstruct the frozen CNN features of normal images of many categories.
-Reconstruction has an identical shortcut: a model that learns to copy its input reconstructs
-anomalies as well. Three things stand against it: the neighbor-masked attention, the layer-wise
-query decoder, and feature jittering. FeatureMLP and FeatureCNN, below, show the shortcut.
+One transformer learns to reconstruct the frozen CNN features of normal images of all categories
+(the unified case; one model a category is the separate case). Identical shortcut: a model that
+learns to copy its input reconstructs anomalies as well. Against it stand neighbor-masked attention,
+the layer-wise query decoder and feature jittering; FeatureMLP and FeatureCNN, below, show it.
 
     image -> Backbone -> f -> jitter -> neighbor-masked encoder (NME) -> m
     q_l, m -> layer-wise query decoder (LQD) -> linear -> f_hat;  anomaly map = ||f_hat - f||
@@ -17,7 +17,7 @@ query decoder, and feature jittering. FeatureMLP and FeatureCNN, below, show the
 
 Differences from the authors' code (github.com/zhiyuanyou/UniAD), each with its reason:
   1. torchvision's EfficientNet-B4: another training run, symmetric padding, batch norm eps 1e-5
-  2. features standardized channel by channel (--no-standardize): trains in epochs, not hundreds
+  2. features standardized by channel (or --no-standardize): it then learns in far fewer epochs
   3. no dropout on the attention weights: its random numbers were a third of a CPU step
   4. neighbor mask made once, attention in three lines: faster, equal to 1e-5 (test_all.py)
   5. AUROC never flipped below .5; last epoch reported, not the best on the test set
@@ -37,10 +37,11 @@ from torch import nn
 class Backbone(nn.Module):
     """A frozen CNN: (B, 3 or 1, S, S) in [0, 1] -> standardized features (B, C, S/16, S/16).
 
-    The outputs of its stages (strides 2 or 4 to 16; efficientnet_b4: 24 + 32 + 56 + 160 = 272
-    channels) are resized to the last one's grid and concatenated; nothing beyond is computed.
-    weights: "imagenet" (downloaded by torchvision), "random" (always the same), or a file. `mean`
-    and `std`, (C, 1, 1), are 0 and 1 until `fit`. Images of another size are scaled to `size`.
+    The outputs of its stages to stride 16 (efficientnet_b4: the slides' four blocks, 24 + 32 + 56 +
+    160 = 272 channels) are resized to the last one's grid and concatenated; the rest is cut off.
+    weights: "imagenet" (downloaded by torchvision), "random" (always the same), or a file;
+    efficientnet_lite2 always has its ImageNet weights. `mean` and `std`, (C, 1, 1), are 0 and 1
+    until `fit`. Images of another size are scaled to `size`.
     Raises ValueError: unknown name, weights that do not fit, features that are not finite.
     """
     NAMES = ("efficientnet_b4", "efficientnet_lite2", "resnet18", "resnet50")
@@ -150,8 +151,8 @@ def efficientnet_lite2(size):
 def jitter(f, alpha=20.0):
     """Feature jittering: f + noise of standard deviation alpha ||f|| / C in a token's components.
 
-    (B, N, C) -> (B, N, C); the noise's norm is about alpha ||f|| / sqrt(C). The model then has to
-    denoise, which copying cannot do.
+    (B, N, C) -> (B, N, C); the noise's norm is about alpha ||f|| / sqrt(C). The target stays
+    f without noise, so the model has to denoise, which copying cannot do.
     """
     return f + torch.randn_like(f) * (alpha / f.shape[-1] * f.norm(dim=-1, keepdim=True))
 
@@ -159,8 +160,8 @@ def jitter(f, alpha=20.0):
 def neighbor_mask(height, width, size):
     """Neighbor-masked attention (NMA): (HW, HW), -inf where |dy|, |dx| <= size // 2, otherwise 0.
 
-    Token i may not look at itself nor its neighbors, whose features say what i's are, so that it
-    cannot be copied. Raises ValueError where a token would see nothing: softmax would be NaN.
+    Token i may not look at itself nor its neighbors, whose features say what its own are:
+    attention cannot copy it. Raises ValueError where a token sees nothing: softmax would be NaN.
     """
     y, x = torch.arange(height * width) // width, torch.arange(height * width) % width
     near = (((y[:, None] - y).abs() <= size // 2) & ((x[:, None] - x).abs() <= size // 2))
@@ -214,8 +215,8 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A layer of the layer-wise query decoder (LQD): its query q_l asks the encoder embedding m,
-    then the output of the layer before it. learned=False: that output takes the place of q_l."""
+    """A layer-wise query decoder (LQD) layer: its query q_l attends (NMA) to the encoder embedding
+    m, then to the layer before (layer 1: to m); feed-forward. learned=False: that replaces q_l."""
 
     def __init__(self, tokens, dim, heads, hidden, dropout, mask, learned=True):
         super().__init__()
@@ -300,7 +301,7 @@ class UniAD(nn.Module):
         return model.eval()
 
 
-# ---- the baselines that show the identical shortcut ----
+# ---- the baselines that show the identical shortcut (the Transformer is UniAD's switches) ----
 
 class FeatureMLP(nn.Module):
     """Each token alone through fully connected layers: (B, C, g, g) -> (B, C, g, g).
@@ -320,8 +321,8 @@ class FeatureMLP(nn.Module):
 
 
 class FeatureCNN(nn.Module):
-    """3x3 convolutions, (B, C, g, g) -> (B, C, g, g). A kernel that is w at its center and 0 around
-    is a fully connected layer, so the same shortcut is open to it. About UniAD's size, C = 272."""
+    """3x3 convolutions, (B, C, g, g) -> (B, C, g, g). A 1x1 kernel is a fully connected layer, and
+    an n x n one, w at its center and 0 around, is that: the same shortcut. About UniAD's size."""
 
     def __init__(self, channels=272, hidden=400, layers=6):
         super().__init__()
