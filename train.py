@@ -128,8 +128,8 @@ def draw_batches(n, size, generator, smallest):
 def take_step(model, optim, loss, rate, clip, where):
     """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}; try --lr "
-                                 f"{rate / 10:.1g} or --clip 1; the last epoch is kept")
+        raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try --lr"
+                                 f" {rate / 10:.1g} or --clip 1; the last epoch is kept")
     for group in optim.param_groups:
         group["lr"] = rate
     optim.zero_grad()
