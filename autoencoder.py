@@ -39,7 +39,7 @@ class ConvAutoencoder(nn.Module):
     """y -> y_hat: (B, C, H, W) -> (B, C, H, W) in (0, 1); code (latent, H / 2^depth, W / 2^depth).
 
     channels: C of the images; depth: layers a side; width: filters of the first layer;
-    latent: channels of the code, the number that contains generalization most directly;
+    latent: channels of the code, the bottleneck;
     kernel_size: odd, the same in all layers; patches: n, for n x n patches reconstructed apart.
     Raises ValueError for an even kernel, and in `forward` for H, W not divisible by n 2^depth.
     """
@@ -82,7 +82,7 @@ def reestimate_batch_norm(model, batches):
 
     Needed before an evaluation: with momentum .1 they remember ten batches, ten images at batch
     size 1; with .01, a short training does not fill them. Training never reads them, and no random
-    number is drawn, so this changes no training. Of other layers it changes nothing.
+    number is drawn, so this changes no training. Their momentum becomes PyTorch's .1.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     model.eval()

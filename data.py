@@ -96,9 +96,9 @@ def to_inputs(data, seed, backbone=None, cache_dir=None, mean_std=None):
         test = cached_features(backbone, data.test, data.categories, cache_dir)
         prepare = backbone.standardize
     if mean_std is None:
-        features = stored[train] if cache_dir is not None else torch.cat(
-            [backbone.raw(to_float(x)) for x in stored[train].split(32)])
-        backbone.fit(features)
+        raw = backbone.raw if cache_dir is None else torch.Tensor.half      # cached ones are raw
+        parts = (to_float(x.to(backbone.mean.device)) for x in stored[train].split(32))
+        backbone.fit(torch.cat([raw(x).cpu() for x in parts]))
     else:
         backbone.load_state_dict(mean_std, strict=False)
     return Inputs(stored[train], stored[held], test, prepare, data.train[train])
@@ -259,7 +259,9 @@ def load_folder(normal, root, image_size):
 
 
 def subfolders(folder):
-    return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def image_files(folder):
@@ -269,12 +271,12 @@ def image_files(folder):
 
 
 def check_memory(needed):
-    """Raise ValueError, before anything is read, where `needed` bytes are not free."""
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Raise ValueError, before anything is read, where the machine has less than `needed` bytes."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > free:
             raise ValueError(f"these images need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} "
-                             "GB are free: lower --image-size, or name fewer categories")
+                             "GB are there: lower --image-size, or name fewer categories")
 
 
 def read_image(path, size):
@@ -312,7 +314,7 @@ def read_masks(test, categories, size):
             continue
         folder = categories[name] / "ground_truth" / path.parent.name
         paths = [folder / f"{path.stem}{ending}{suffix}" for ending in ("_mask", "")
-                 for suffix in sorted(IMAGE_SUFFIXES)]
+                 for suffix in (path.suffix, *sorted(IMAGE_SUFFIXES))]
         mask_path = next((p for p in paths if p.is_file()), None)
         if mask_path is None:
             missing.append(path)

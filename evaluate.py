@@ -3,7 +3,7 @@
 Every model here reconstructs its input, so one score judges them all: the L2 error between input
 and reconstruction, whatever the training loss (LAMP paper, Sec. 3.1, "Evaluation metric").
     autoencoder   map = sum over C of (y_hat - y)^2;   image score = its sum
-    UniAD & co.   map = L2 norm over C of f_hat - f, upsampled;   score = max after 16x16 averaging
+    UniAD & co.   map = L2 norm over C of f_hat - f, upsampled;   score = its max (folders) or mean
 AUROC is never flipped below .5 (the authors' UniAD code reports .222 as .778), the last epoch is
 reported, not the best on the test set, and the threshold comes from normal images alone.
 """
@@ -43,15 +43,15 @@ Judged = namedtuple("Judged", "maps scores threshold scale")
 def anomaly_maps(model, x, size, prepare=to_float):
     """Error of each pixel: stored inputs (N, C, H, W) -> (N, size, size) float32, on the CPU.
 
-    The squared L2 error summed over channels. Where the model's grid is coarser than `size` (CNN
-    features) its root, the L2 norm of each token's error, is upsampled (bilinear, corners aligned).
+    The squared L2 error summed over channels. For features (more than 3 channels) its root, the L2
+    norm of each token's error, upsampled (bilinear, corners aligned).
     """
     device, maps = next(model.parameters(), x).device, [torch.empty(0, size, size)]
     model.eval()
     for batch in x.split(64):
         y = prepare(batch.to(device))
         error = l2(model(y).float(), y).sum(1, keepdim=True)                # (B, 1, H, W)
-        if error.shape[-1] != size:
+        if y.shape[1] > 3:
             error = F.interpolate(error.sqrt(), (size, size), mode="bilinear", align_corners=True)
         maps.append(error[:, 0].cpu())
     return torch.cat(maps)
@@ -148,12 +148,12 @@ def open_backbone(c, device):
 
 
 def load_run(path, device="cpu"):
-    """A run's folder, or its model.pt -> (state, model); nothing in the file is executed.
+    """A run's folder -> (state, model); nothing in its model.pt is executed.
 
     state: the dict in model.pt (config, shape, history, threshold, ...). Raises FileNotFoundError,
     and ValueError where the file is damaged, of another layout, or holds another model's tensors.
     """
-    path = Path(path) if Path(path).suffix == ".pt" else Path(path) / "model.pt"
+    path = Path(path) / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run is a folder that train.py wrote")
     try:
@@ -223,7 +223,7 @@ def draw_curves(path, records, judged=None, labels=None):
         bins = np.linspace(0, float(judged.scores.quantile(0.99)), 50)
         axes[4].hist(kinds, bins, density=True, histtype="stepfilled", alpha=0.6,
                      label=["normal", "anomalous"])
-        axes[4].axvline(judged.threshold or 0, color="black", label="threshold")
+        axes[4].axvline(judged.threshold or math.nan, color="black", label="threshold")
         axes[4].set(xlabel="anomaly score", yticks=[], title="test images")
         axes[4].legend(fontsize=7)
     figure.supxlabel("\n".join(r["command"] for r in records), fontsize=7)
@@ -281,8 +281,8 @@ def draw_examples(path, model, inputs, images, stored, judged, labels=None, mask
 
 
 def verdict(judged, i):
-    limit = math.inf if judged.threshold is None else judged.threshold
-    return "anomalous" if judged.scores[i] > limit else "passes"
+    limit = judged.threshold
+    return "no verdict" if limit is None else "anomalous" if judged.scores[i] > limit else "passes"
 
 
 def interval(values, level=0.95):
@@ -310,8 +310,8 @@ def read_results(folder, rows, metric):
 def table(folder, rows=("category",), metric="image_auroc", paper="results/paper.json"):
     """Markdown, a row for each value of the options `rows`: base loss, LAMP, paired difference.
 
-    Means over categories (of means over seeds), with 95 % intervals over categories; wins with the
-    exact two-sided sign test. In parentheses the paper's number, where paper.json has one.
+    Means over categories (of means over all runs that `rows` does not tell apart), 95 % intervals
+    over categories; wins with the exact sign test; in parentheses paper.json's number, if any.
     """
     cells, known = read_results(folder, rows, metric), {}
     for row in list(cells):                                 # a plain run is every reading's partner
@@ -360,7 +360,7 @@ def evaluate_run(run, data_dir, device):
 
 
 def judge_files(run, files, device):
-    """Score, threshold and verdict of new images; their heat maps go to RUN/judged.png."""
+    """Score, threshold, verdict of new images; heat maps of the first 40 go to RUN/judged.png."""
     state, model = load_run(run, device)
     c, (channels, side, _), prepare = state["config"], state["image"], to_float
     if backbone := open_backbone(c, device):
@@ -374,7 +374,7 @@ def judge_files(run, files, device):
     scores, limit = image_scores(maps, c["score"]), state.get("threshold")
     judged = Judged(maps, scores, limit, state.get("scale", 1))
     inputs = Inputs(None, None, None, prepare, None)
-    draw_examples(Path(run) / "judged.png", model, inputs, images, images, judged)
+    draw_examples(Path(run) / "judged.png", model, inputs, images[:40], images[:40], judged)
     for i, file in enumerate(files):
         print(f"{file}: score {scores[i]:.5g}, threshold {number(limit)}, {verdict(judged, i)}")
     print(f"wrote {run}/judged.png")

@@ -61,13 +61,13 @@ def scale(error, eps=0.1, over="image", detach=True):
 
     error: any map of errors >= 0.
     eps: the slope of LAMP at the largest error is 1/eps, so eps decides how far the worst pixel
-        outweighs the others. The paper gives no value; with .001 the training follows a few pixels
-        and detection drops, .1 is this repository's default (README, "Which reading?").
+        outweighs the others. The paper gives no value; .1 is this repository's choice: with .001 a
+        few pixels carry nearly all of the gradient.
     over: the maximum is that of each "image" or of the whole "batch". By image, the loss of an
         image does not depend on its neighbors in the batch, and every image weighs alike.
     detach: the maximum is a constant to the gradient. Otherwise Eq. 2 is invariant to the error's
         scale, and no gradient would push the error as a whole down.
-    Errors below 1e-30 are not scaled up (all zero stays zero, never NaN).
+    A maximum below 1e-30 (float16: 6e-5) counts as that, so all zero stays zero, never NaN.
     Raises ValueError for another `over`, or an eps outside (0, 1) or too small for the dtype.
     """
     if over not in ("image", "batch"):

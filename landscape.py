@@ -24,6 +24,7 @@ import os
 import shlex
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,8 @@ def load_with_images(run, args):
 
 
 def compare_runs(runs, args, out):
-    """Runs side by side: the same seed of directions, images, axes and contour levels (Fig. 1)."""
+    """Runs side by side (Fig. 1): same seed of directions, axes and contour levels; same images, if
+    the runs have data set and seed in common."""
     loaded, panels = [load_with_images(run, args) for run in runs], []
     shapes = [[p.shape for p in model.parameters()] for _, model, _ in loaded]
     for number, (c, model, x) in enumerate(loaded):
@@ -192,7 +194,9 @@ def compare_runs(runs, args, out):
             raise ValueError(f"{runs[number]} is of another architecture than {runs[0]}")
         loss, lamp = (c["loss"], c["lamp"]) if args.under == "own" else (args.under, False)
         criterion = ReconstructionLoss(loss, lamp, c["eps"], c["over"], c["detach"])
-        path = f"{Path(out).with_suffix('')}-{number}-{args.under}-{args.bn}-s{args.seed}.npz"
+        known = b"".join(t.numpy().tobytes() for t in (*model.state_dict().values(), x))
+        options = f"{zlib.crc32(known):08x}-{args.under}-{args.bn}-s{args.seed}"
+        path = f"{Path(out).with_suffix('')}-{options}.npz"
         z = model_surface(model, criterion, x, x, grid_of(args), args.seed, path,
                           args.bn == "recompute")
         name = c["loss"].upper() + "-LAMP" * c["lamp"]
@@ -209,8 +213,10 @@ def train_pair(batch_size, seed, args):
         out = f"runs/landscape/mnist-3-l2{''.join(lamp)}-b{batch_size}-e{args.epochs}-s{seed}"
         argv = ["--dataset", "mnist", "--normal", "3", "--batch-size", str(batch_size), "--seed",
                 str(seed), "--epochs", str(args.epochs), "--data-dir", args.data_dir or "data",
-                "--eval-every", "0", "--no-pictures", "--resume", "--out", out, *lamp]
-        train.run(train.parse(argv)[1], shlex.join(["python", "train.py", *argv]))
+                "--eval-every", "0", "--no-pictures", "--resume", "--out", out, *lamp,
+                "--threads", str(args.threads)]
+        if train.run(train.parse(argv)[1], shlex.join(["python", "train.py", *argv])):
+            raise KeyboardInterrupt                         # caught there, to save; here, to stop
         folders.append(out)
     return folders
 
@@ -241,8 +247,8 @@ def figure_3(args, out):
     draw(out, panels, grid_of(args), text, rows=2, solid=False)
 
 
-MEANINGS = {"a": "the L2 model seen through LAMP", "c": "both models under L2",
-            "b": "each model under its own loss, as in the paper"}
+MEANINGS = {"a": "the L2 model seen through LAMP",
+            "b": "each model under its own loss, as in the paper", "c": "both models under L2"}
 
 
 def measure_steepness(kind, batch_size, seed, args):
@@ -296,15 +302,17 @@ def parse(argv):
         help="batch norm statistics: the trained model's, or anew at each point (default: frozen)")
     add("--grid", type=int, help="points a side, odd (default: 51; 11 for --steepness)")
     add("--span", type=float, default=1.0, help="largest step, in weights' norms (default: 1)")
-    add("--images", type=int, help="training images the loss is of (default: 1024; 256)")
+    add("--images", type=int, help="training images the loss is of (default: 1024; 128)")
     add("--seed", type=int, default=0, help="of directions and a figure's training (default: 0)")
     add("--epochs", type=int, default=4, help="of a figure's training (default: 4)")
     add("--threads", type=int, default=0, help="CPU threads, 0 for all cores (default: 0)")
     add("--data-dir", help="where the data sets are (default: as in the run, or data)")
     add("--out", help="picture or table (default: in figures, runs/landscape, results/steepness)")
     args = parser.parse_args(argv)
-    args.grid = args.grid or (11 if args.steepness else 51)
-    args.images = args.images or (256 if args.steepness else 1024)
+    if args.grid is None:
+        args.grid = 11 if args.steepness else 51
+    if args.images is None:
+        args.images = 128 if args.steepness else 1024
     if args.grid < 3 or args.grid % 2 == 0:
         parser.error(f"--grid {args.grid}: an odd number from 3 on, so that the center is a point")
     if not 0 < args.span <= 1e3:

@@ -58,7 +58,7 @@ RANGES = dict(                                              # smallest and large
     batch_size=(1, 10 ** 6), lr=(1e-12, 1e3), weight_decay=(0, 10), seed=(0, 2 ** 63 - 1),
     threads=(0, 1024), eval_every=(0, 10 ** 6), eps=(1e-6, 0.999), fpr=(1e-6, 0.999))
 FIT_OPTIONS = "epochs batch_size lr optimizer schedule weight_decay clip seed amp".split()
-FREE = "epochs pictures out data_dir cache_dir device threads resume overwrite".split()
+FREE = "epochs eval_every pictures out data_dir cache_dir device threads resume overwrite".split()
 
 
 # ---- the loop ----
@@ -120,16 +120,16 @@ def draw_batches(n, size, generator, smallest):
     if len(batches) > 1 and len(batches[-1]) < smallest:
         batches[-2:] = [torch.cat(batches[-2:])]
     if len(batches[0]) < smallest:
-        raise ValueError(f"a batch of {len(batches[0])} leaves batch normalization one value a "
-                         "channel: use --batch-size 2 or more, and 2 training images")
+        raise ValueError(f"a batch of {len(batches[0])} is too small for batch norm or for "
+                         f"the processes: use --batch-size {smallest} or more, and as many images")
     return batches
 
 
 def take_step(model, optim, loss, rate, clip, where):
     """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try --lr"
-                                 f" {rate / 10:.1g} or --clip 1; the last epoch is kept")
+        raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
+                                 f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
     for group in optim.param_groups:
         group["lr"] = rate
     optim.zero_grad()
@@ -165,8 +165,8 @@ def parse(argv):
     return parser, complete({**DEFAULTS[given["model"]], **epochs, **given}, parser)
 
 
-def unset(key=None, text=""):                               # an option left out until `complete`
-    text = text or f"(default: ae {DEFAULTS['ae'][key]}, uniad {DEFAULTS['uniad'][key]})"
+def unset(text, key=None):                                  # an option left out until `complete`
+    text += f" (default: ae {DEFAULTS['ae'][key]}, uniad {DEFAULTS['uniad'][key]})" if key else ""
     return dict(default=argparse.SUPPRESS, help=text)
 
 
@@ -174,10 +174,10 @@ def model_options(parser):
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="digits", help="digits come with scikit-learn")
-    add("--normal", **unset(text="classes (3 or 0,1,2; default 0) or categories (default all)"))
+    add("--normal", **unset("classes (3 or 0,1,2; default 0) or categories (default all)"))
     add("--data-dir", default="data", help="where data sets are; for folder, the folder itself")
     add("--image-size", type=int,
-        **unset(text="side in pixels (default: ae 32, or 128 for folders; others 224)"))
+        **unset("side in pixels (default: ae 32, or 128 for folders; others 224)"))
     add("--validate", action="store_true", help="judge on a part of the training split, to choose "
         "options by; the test set is not used")
     add = parser.add_argument_group("loss").add_argument
@@ -188,19 +188,17 @@ def model_options(parser):
     add("--detach", action=yes_no, default=True, help="no gradient through Eq. 2's maximum")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
-    add("--depth", type=int,
-        **unset(text="ae: layers a side (default: 4 below 128 pixels, else 6)"))
+    add("--depth", type=int, **unset("ae: layers a side (default: 4, or 6 from 128 pixels)"))
     add("--width", type=int, default=16, help="ae: filters of the first layer")
     add("--latent", type=int, default=16, help="ae: channels of the code")
     add("--kernel-size", type=int, default=3, help="ae: side of the kernels, odd")
     add("--patches", type=int, default=1, help="ae: n, for n x n patches reconstructed apart")
-    add("--backbone", choices=Backbone.NAMES, default="efficientnet_b4",
-        help="others: the frozen CNN whose features they reconstruct")
+    add("--backbone", choices=Backbone.NAMES, default="efficientnet_b4", help="others: frozen CNN")
     add("--backbone-weights", default="imagenet", help="imagenet, random, or a file (state dict)")
     add("--standardize", action=yes_no, default=True, help="others: features, channel by channel")
-    add("--neighbors", type=int, **unset("neighbors"))
-    add("--jitter", type=float, **unset("jitter"))
-    add("--query", choices=("layerwise", "first", "none"), **unset("query"))
+    add("--neighbors", type=int, **unset("side of the neighbor mask, 0 for none", "neighbors"))
+    add("--jitter", type=float, **unset("scale of the feature jitter, 0 for none", "jitter"))
+    add("--query", choices=("layerwise", "first", "none"), **unset("learned queries", "query"))
     add("--cache", action=yes_no, default=True, help="others: compute features once, keep them")
     add("--cache-dir", default="runs/features", help="where features are kept")
 
@@ -208,12 +206,14 @@ def model_options(parser):
 def run_options(parser):
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, **unset(text=f"(default: ae 10, or {MANY_EPOCHS} for digits and "
+    add("--epochs", type=int, **unset(f"(default: ae 10, or {MANY_EPOCHS} for digits and "
                                       "folders; others 15)"))
-    for key in ("batch_size", "lr", "weight_decay", "clip"):
-        add(f"--{key.replace('_', '-')}", type=type(DEFAULTS["ae"][key]), **unset(key))
-    add("--optimizer", choices=OPTIMIZERS, **unset("optimizer"))
-    add("--schedule", choices=SCHEDULES, **unset("schedule"))
+    add("--batch-size", type=int, **unset("images a step", "batch_size"))
+    add("--lr", type=float, **unset("learning rate", "lr"))
+    add("--weight-decay", type=float, **unset("of the optimizer", "weight_decay"))
+    add("--clip", type=float, **unset("largest gradient norm, 0 for any", "clip"))
+    add("--optimizer", choices=OPTIMIZERS, **unset("SGD has momentum .9", "optimizer"))
+    add("--schedule", choices=SCHEDULES, **unset("of the learning rate", "schedule"))
     add("--reestimate", action=yes_no, default=True, help="batch norm statistics before evaluating")
     add("--amp", action="store_true", help="bfloat16 where that is safe")
     add("--seed", type=int, default=0, help="weights, order, and the part set aside")
@@ -221,14 +221,14 @@ def run_options(parser):
     add("--threads", type=int, default=0, help="CPU threads, 0 for all cores")
     add = parser.add_argument_group("evaluation and output").add_argument
     add("--score", choices=("sum", "max", "mean", "std"),
-        **unset(text="image score (default: ae sum; others max for folders, else mean)"))
+        **unset("image score (default: ae sum; others max for folders, else mean)"))
     add("--fpr", type=float, default=0.05, help="false positive rate the threshold aims at")
-    add("--eval-every", type=int, **unset(text="epochs between evaluations, 0 for the end alone "
+    add("--eval-every", type=int, **unset("epochs between evaluations, 0 for the end alone "
                                           "(default: a tenth of the epochs)"))
     add("--pictures", action=yes_no, default=True, help="draw curves and examples")
-    add("--out", **unset(text="folder of the run (default: runs/<its options>)"))
+    add("--out", **unset("folder of the run (default: runs/DATASET-NORMAL-MODEL-LOSS-sSEED)"))
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on where the run in --out stopped")
+    add("--resume", action="store_true", help="go on where the run in --out stopped, or start")
     add("--overwrite", action="store_true", help="replace the run in --out")
 
 
@@ -261,7 +261,6 @@ def open_folder(c):
     out = Path(c["out"])
     if c["overwrite"] or not (out / "model.pt").exists():
         out.mkdir(parents=True, exist_ok=True)
-        (out / "run.json").unlink(missing_ok=True)
         return None
     state, _ = ev.load_run(out)
     old = state["config"]
@@ -280,6 +279,7 @@ def write_checkpoint(path, fixed, model, progress):
     buffer = io.BytesIO()                                   # a full disk is then a plain OSError
     torch.save({**progress, **fixed, "model": model.state_dict()}, buffer)
     path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
+    path.with_name("run.json").unlink(missing_ok=True)      # of an earlier, shorter run
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -323,7 +323,7 @@ def finish(c, model, data, inputs, save, state, command, started):
 
 def print_result(record, out):
     print(f"{ev.describe(record['metrics'])}\n{len(record['history'])} epochs, "
-          f"{record['seconds']:.0f} s; wrote {', '.join(sorted(map(str, out.glob('*.*'))))}")
+          f"{record['seconds']:.0f} s; files: {', '.join(sorted(map(str, out.glob('*.*'))))}")
 
 
 def run(c, command):
@@ -375,7 +375,7 @@ def start_process(c):
     torch.set_flush_denormal(True)                          # LAMP's tiny gradients are slow
     if "LOCAL_RANK" not in os.environ:
         return torch.device(c["device"]), 0
-    dist.init_process_group("nccl" if c["device"] == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if c["device"] == "cuda" else "gloo")
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     local = f":{os.environ['LOCAL_RANK']}" * (c["device"] == "cuda")
