@@ -264,7 +264,7 @@ def test_broken_images_and_masks_are_named(monkeypatch):
     Image.new("L", (5, 7)).save(root / "bolt/ground_truth/hole/000_mask.png")
     refused("000_mask.png has 5x7 pixels.*32x32", data.load, "folder", None, root, 16)
     refused("categories bolt", data.load, "folder", "../bolt", root, 16)
-    refused("GB are free", data.check_memory, 1e18)
+    refused("GB of memory", data.check_memory, 1e18)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     refused("decompression bomb", data.read_image, root / "bolt/train/good/000.png", 16)
 
@@ -578,7 +578,7 @@ WRONG = {train.main: (
     ("--model uniad --loss ssim", "l1 or l2"), ("--resume --overwrite", "not allowed with"),
     ("--dataset folder --validate", "no anomalies"), ("--out /dev/null/x", "/dev/null"),
     (f"{RESNET} no.pth", "no.pth: no state dict"), (f"{RESNET} random --image-size 100", "of 16"),
-    (f"{RESNET} random --image-size 32 --no-cache", "hides the whole 2x2"),
+    (f"{RESNET} random --image-size 32 --no-cache --no-standardize", "hides the whole 2x2"),
     ("--depth 6 --image-size 64 --batch-size 1", "--batch-size 2")),
     ev.main: (("nowhere", "no such file"), ("--image x", "name one or more")),
     landscape.main: (("nowhere", "no such file"), ("--grid 1 a b", "--grid 1"), ("", "give runs"),

@@ -29,7 +29,7 @@ import evaluate as ev
 from autoencoder import reestimate_batch_norm
 from data import DATASETS, to_float
 from lamp_loss import BASE_LOSSES, ReconstructionLoss
-from uniad import Backbone
+from uniad import Backbone, neighbor_mask
 
 OPTIMIZERS = {
     "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
@@ -68,10 +68,9 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {}, save=lambda s: None):
     """Train model to reconstruct inputs (N, C, H, W), or to predict targets (N, ...) from them.
 
-    criterion(x_hat, x) -> scalar, summed over C, H, W; prepare: stored inputs -> the model's;
-    evaluate(epoch) -> metrics for the history and save(state) end each epoch; resume: such a state.
-    Under torchrun each process takes its share of each batch. Returns the history; raises
-    FloatingPointError (loss not finite), ValueError (a batch below `smallest`)."""
+    criterion(x_hat, x) -> scalar, a sum over C, H, W; prepare: stored inputs -> the model's; each
+    epoch ends with evaluate(epoch) -> metrics for the history, and save(state); resume: such a state.
+    Raises FloatingPointError (loss not finite), ValueError (a batch below `smallest`)."""
     device, order = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.to(memory_format=torch.channels_last)             # twice as fast to convolve on a CPU
@@ -286,9 +285,8 @@ def write_checkpoint(path, fixed, model, progress):
 def assess(c, model, data, inputs):
     """Settle batch norm, then judge the test set -> metrics, Judged."""
     if c["reestimate"]:
-        parts, device = -(-len(inputs.train) // 256), next(model.parameters()).device
-        batches = inputs.train.tensor_split(parts)
-        reestimate_batch_norm(model, (inputs.prepare(x.to(device)) for x in batches))
+        batches = inputs.train.tensor_split(-(-len(inputs.train) // 256))
+        reestimate_batch_norm(model, (inputs.prepare(x.to(c["device"])) for x in batches))
     return ev.judge(model, c, data, inputs)
 
 
@@ -337,6 +335,8 @@ def run(c, command):
         return 0
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before one writes
+    if c["neighbors"]:
+        neighbor_mask(*[c["image_size"] // 16] * 2, c["neighbors"])     # fails before features cost
     data, inputs, backbone = ev.open_data(c, device, state and state["backbone"])
     normal = int((data.labels == 0).sum())
     print(f"{len(data.train)} normal ({len(inputs.train)} train, {len(inputs.held)} threshold), "
