@@ -577,8 +577,8 @@ WRONG = {train.main: (
     (f"--device {'mps' if torch.cuda.is_available() else 'cuda'}", "finds none"),
     ("--model uniad --loss ssim", "l1 or l2"), ("--resume --overwrite", "not allowed with"),
     ("--dataset folder --validate", "no anomalies"), ("--out /dev/null/x", "/dev/null"),
-    (f"{RESNET} no.pth", "no.pth: no state dict"), (f"{RESNET} random --image-size 100", "of 16"),
-    (f"{RESNET} random --image-size 32 --no-cache --no-standardize", "hides the whole 2x2"),
+    (f"{RESNET} no.pth", "no.pth: no state dict"), (f"{RESNET} random --image-size 250", "of 16"),
+    (f"{RESNET} random --image-size 32 --no-cache --no-standardize", "hides the whole grid of 2x2"),
     ("--depth 6 --image-size 64 --batch-size 1", "--batch-size 2")),
     ev.main: (("nowhere", "no such file"), ("--image x", "name one or more")),
     landscape.main: (("nowhere", "no such file"), ("--grid 1 a b", "--grid 1"), ("", "give runs"),
@@ -820,9 +820,10 @@ def bench_autoencoder():
     ratio("training, usual (DataLoader, NCHW, Adam) / fit",
           lambda: bare(usual, torch.contiguous_format, False), fit)
     still = [torch.zeros_like(p) for p in model.parameters()]
-    points = [functools.partial(landscape.around(model, loss, still, still), 0, 0) for loss in (
-        lambda: sum(float(criterion(model(y), y)) for y in half),
-        lambda: float(criterion(model(y[:1024]), y[:1024])))]
+    ours = ConvAutoencoder().eval().to(memory_format=torch.channels_last)   # as load_run gives it
+    points = [functools.partial(landscape.around(m, loss, still, still), 0, 0) for m, loss in (
+        (model, lambda: sum(float(criterion(model(y), y)) for y in half)),
+        (ours, lambda: float(criterion(ours(y[:1024]), y[:1024]))))]
     ratio("a landscape's point on 1,024 images, DataLoader / in memory", *points)
 
 
@@ -852,10 +853,22 @@ def bench_uniad():
           lambda: fit(UniAD(), raw, prepare=backbone.standardize))
 
 
+def cost(n):
+    """Seconds and peak memory (MB) of an epoch and an evaluation, in a process of its own."""
+    import resource
+    x, model, start = images(n, 32), ConvAutoencoder(), time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.fit(model, x, ReconstructionLoss(), epochs=1)
+    ev.image_scores(ev.anomaly_maps(model, x, 32))
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 if __name__ == "__main__":
     if "--bench" not in sys.argv:
         raise SystemExit(pytest.main([__file__, "-q"]))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of 5 turns")
-    torch.set_flush_denormal(True)
     bench_autoencoder()
     bench_uniad()
+    for n in (5000, 10000, 20000):
+        with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+            print("{:,} images: {:.1f} s, {:.0f} MB".format(n, *pool.apply(cost, (n,))))

@@ -29,7 +29,7 @@ import evaluate as ev
 from autoencoder import reestimate_batch_norm
 from data import DATASETS, to_float
 from lamp_loss import BASE_LOSSES, ReconstructionLoss
-from uniad import Backbone, neighbor_mask
+from uniad import Backbone
 
 OPTIMIZERS = {
     "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
@@ -68,8 +68,8 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {}, save=lambda s: None):
     """Train model to reconstruct inputs (N, C, H, W), or to predict targets (N, ...) from them.
 
-    criterion(x_hat, x) -> scalar, a sum over C, H, W; prepare: stored inputs -> the model's; each
-    epoch ends with evaluate(epoch) -> metrics for the history, and save(state); resume: such a state.
+    criterion(x_hat, x) -> scalar, a sum over C, H, W; prepare: stored inputs -> the model's; an
+    epoch ends with evaluate(epoch) -> metrics for the history, and save(state); resume: a state.
     Raises FloatingPointError (loss not finite), ValueError (a batch below `smallest`)."""
     device, order = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -244,12 +244,14 @@ def complete(c, parser):
     for key, (low, high) in RANGES.items():
         if not low <= c[key] <= high:                       # NaN fails this, too
             parser.error(f"--{key.replace('_', '-')} {c[key]}: expected {low} to {high}")
+    if c["neighbors"] and c["neighbors"] // 2 >= c["image_size"] // 32:     # before features cost
+        grid = c["image_size"] // 16
+        parser.error(f"--neighbors {c['neighbors']} hides the whole grid of {grid}x{grid} tokens")
     if c["loss"] == "ssim" and not is_ae:
         parser.error("--loss ssim compares images in [0, 1]; with CNN features use l1 or l2")
-    found = {"cuda": torch.cuda.is_available(), "cpu": True,
-             "mps": torch.backends.mps.is_available()}
+    found = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if c["device"] == "auto":
-        c["device"] = next(device for device in ("cuda", "mps", "cpu") if found[device])
+        c["device"] = next(device for device in found if found[device])
     if not found[c["device"]]:
         parser.error(f"--device {c['device']}: PyTorch finds none on this machine; leave it out")
     return c
@@ -335,8 +337,6 @@ def run(c, command):
         return 0
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before one writes
-    if c["neighbors"]:
-        neighbor_mask(*[c["image_size"] // 16] * 2, c["neighbors"])     # fails before features cost
     data, inputs, backbone = ev.open_data(c, device, state and state["backbone"])
     normal = int((data.labels == 0).sum())
     print(f"{len(data.train)} normal ({len(inputs.train)} train, {len(inputs.held)} threshold), "
