@@ -4,6 +4,7 @@ LAMP's argument (Park et al. 2023, Sec. 2.1 and 3.2) is a picture: the loss over
 directions d, e around the weights w,  f(a, b) = loss(w + a d + b e),  is steeper with LAMP. Each
 filter of a direction is scaled to the norm of the same filter in w, so that models compare.
 
+    python landscape.py                a linear model's paraboloid against its closed form
     python landscape.py RUN RUN...     2-D, 3-D and 1-D pictures of runs of train.py, side by side
     python landscape.py --figure 1     the paper's Fig. 1: autoencoders trained with L2 and L2-LAMP
     python landscape.py --figure 3     the paper's Fig. 3: an encoder that predicts MNIST's classes
@@ -290,6 +291,21 @@ def steepness_table(args, out):
 
 # ---- the command ----
 
+def paraboloid():
+    """A linear model under a quadratic loss: its surface is |r + a u + b v|^2, a paraboloid."""
+    torch.manual_seed(0)
+    model, x, y, xs = nn.Linear(4, 3), torch.randn(50, 4), torch.randn(50, 3), np.linspace(-1, 1, 5)
+    d, e = (random_direction(model.parameters(), seed) for seed in (0, 1))
+    z = surface(around(model, lambda: float((model(x) - y).square().sum()), d, e), xs, xs)
+    r, u, v = (model(x) - y).detach(), x @ d[0].T, x @ e[0].T              # d, e: zero for the bias
+    print("    a     b   surface   r^2 + 2a ru + 2b rv + a^2 u^2 + b^2 v^2 + 2ab uv")
+    for (i, a), (j, b) in itertools.product(enumerate(xs), enumerate(xs)):
+        closed = ((r * r).sum() + 2 * a * (r * u).sum() + 2 * b * (r * v).sum()
+                  + a * a * (u * u).sum() + b * b * (v * v).sum() + 2 * a * b * (u * v).sum())
+        print(f"{a:5.1f} {b:5.1f} {z[i, j]:9.3f} {float(closed):9.3f}")
+    print("See --help for the landscapes of runs, and the paper's figures.")
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -319,7 +335,7 @@ def parse(argv):
         parser.error(f"--span {args.span}: a step above 0, at most 1000")
     if min(args.images, args.epochs) < 1 or min(args.seed, args.threads) < 0:
         parser.error("--images and --epochs start at 1, --seed and --threads at 0")
-    if bool(args.runs) + bool(args.figure) + args.steepness != 1:
+    if bool(args.runs) + bool(args.figure) + args.steepness > 1:
         parser.error("give runs, or --figure, or --steepness")
     return parser, args
 
@@ -335,8 +351,10 @@ def main(argv=None):
             figure_3(args, args.out or "figures/figure3.png")
         elif args.figure == 1:
             compare_runs(train_pair(32, args.seed, args), args, args.out or "figures/figure1.png")
-        else:
+        elif args.runs:
             compare_runs(args.runs, args, args.out or "runs/landscape/landscape.png")
+        else:
+            paraboloid()
     except (ValueError, OSError) as error:
         parser.exit(2, f"landscape.py: {error}\n")
     except KeyboardInterrupt:

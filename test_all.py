@@ -581,7 +581,7 @@ WRONG = {train.main: (
     (f"{RESNET} random --image-size 32 --no-cache --no-standardize", "hides the whole grid of 2x2"),
     ("--depth 6 --image-size 64 --batch-size 1", "--batch-size 2")),
     ev.main: (("nowhere", "no such file"), ("--image x", "name one or more")),
-    landscape.main: (("nowhere", "no such file"), ("--grid 1 a b", "--grid 1"), ("", "give runs"),
+    landscape.main: (("nowhere", "no such file"), ("--grid 1 a b", "--grid 1"), ("a --figure 1", "give"),
                      ("--span 0 a b", "--span 0"), ("--grid x", "invalid int"))}
 
 
