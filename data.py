@@ -213,8 +213,8 @@ def load_mvtec(normal, data_dir, image_size):
     """MVTec AD (Bergmann et al. 2019), data_dir/mvtec/<category>/...; never downloaded."""
     root = data_dir / "mvtec"
     if not find_categories(root):
-        raise layout_error(root, "MVTec AD has to be downloaded by hand, from https://www.mvtec.com"
-                           "/company/research/datasets/mvtec-ad, and unpacked as")
+        page = "https://www.mvtec.com/company/research/datasets/mvtec-ad"
+        raise layout_error(root, f"MVTec AD is downloaded by hand, from {page}, and unpacked as")
     return load_folder(normal, root, image_size)
 
 
