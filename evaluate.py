@@ -294,8 +294,8 @@ def read_results(folder, rows, metric):
     """All run.json below a folder -> {values of the options `rows`: (of plain runs, of LAMP's)},
     each {category: mean over seeds}. LAMP's own options are None for a plain run."""
     cells = defaultdict(lambda: ({}, {}))
-    for path in sorted(Path(folder).rglob("run.json")):
-        run = json.loads(path.read_text())
+    runs = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("run.json"))]
+    for run in (r for r in runs if len(r["history"]) >= r["config"]["epochs"]):     # whole ones
         c = {**run["metrics"], **run["config"]}
         c["setting"] = "unified" if c["normal"] == "all" or "," in c["normal"] else "separate"
         for category, values in run["metrics"]["categories"].items():
