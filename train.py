@@ -49,8 +49,7 @@ DEFAULTS = {                                                # of options left un
     "ae": dict(lr=1e-3, epochs=10, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
                weight_decay=0.0, **PLAIN),
     "uniad": UNIAD, "transformer": {**UNIAD, **PLAIN, "query": "first"}, "mlp": {**UNIAD, **PLAIN},
-    "cnn": {**UNIAD, **PLAIN},
-}
+    "cnn": {**UNIAD, **PLAIN}}
 FEW_IMAGES, MANY_EPOCHS = ("digits", "mvtec", "folder"), 100    # hundreds, not thousands of images
 RANGES = dict(                                              # smallest and largest value that works
     image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(1, 65536), kernel_size=(1, 99),
@@ -338,13 +337,12 @@ def run(c, command):
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before one writes
     data, inputs, backbone = ev.open_data(c, device, state and state["backbone"])
-    normal = int((data.labels == 0).sum())
-    print(f"{len(data.train)} normal ({len(inputs.train)} train, {len(inputs.held)} threshold), "
-          f"0 anomalous (by design); test {normal} normal, {len(data.labels) - normal} anomalous")
+    n, held, bad = len(data.train), len(inputs.held), int(data.labels.sum())
+    print(f"{n} normal ({n - held} train, {held} threshold), 0 anomalous (by design); test "
+          f"{len(data.labels) - bad} normal, {bad} anomalous")
     shape = list(inputs.prepare(inputs.train[:1].to(device)).shape[1:])
-    torch.manual_seed(c["seed"])
+    torch.manual_seed(c["seed"] + rank)                     # own noise; all get rank 0's weights
     model = ev.MODELS[c["model"]](c, shape).to(device)
-    torch.manual_seed(c["seed"] + rank)                     # noise: each process its own
     fixed = {"layout": ev.LAYOUT, "config": c, "shape": shape, "image": list(data.train.shape[1:]),
              "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}
     save = functools.partial(write_checkpoint, out / "model.pt", fixed, model)
