@@ -10,9 +10,11 @@ patches, each reconstructed by the same network, then reassembled.
 The paper gives neither widths nor kernel sizes. Here: `width` filters in the first layer, doubled
 with each layer up to 8 x width, `latent` channels in the code; and the decoder's last layer, whose
 output is the image, ends in a sigmoid instead of batch normalization and leaky ReLU, since images
-lie in [0, 1]. Run this file to see the layers: python autoencoder.py
+lie in [0, 1]. `PCA`, the best linear autoencoder, shows what the network adds. Run this file to see
+the layers: python autoencoder.py
 """
 import torch
+from sklearn import decomposition
 from torch import nn
 
 
@@ -74,6 +76,32 @@ class ConvAutoencoder(nn.Module):
     def smallest_batch(self, size):
         """Images of size x size a training batch needs: batch norm cannot train on one value."""
         return 2 if size == 2 ** self.depth and self.patches == 1 else 1
+
+
+class PCA(nn.Module):
+    """The linear autoencoder with the least L2 error, solved instead of trained (scikit-learn).
+
+    y -> mean + its projection on the first `latent` principal components of the normal images;
+    with latent 0 the mean image, whatever y is. forward: (B, C, H, W) -> the same; solve(y) first.
+    Raises ValueError where there are fewer images, or pixels, than components.
+    """
+
+    def __init__(self, channels, size, latent):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(channels * size * size), requires_grad=False)
+        self.components = nn.Parameter(torch.zeros(latent, len(self.mean)), requires_grad=False)
+
+    def solve(self, y):                                         # (N, C, H, W) in [0, 1]
+        count = len(self.components)
+        if count > min(len(y), len(self.mean)):
+            raise ValueError(f"{count} components of {len(y)} images with {len(self.mean)} values")
+        pca = decomposition.PCA(count, svd_solver="covariance_eigh").fit(y.flatten(1).cpu())
+        self.mean.copy_(torch.from_numpy(pca.mean_))
+        self.components.copy_(torch.from_numpy(pca.components_))
+
+    def forward(self, y):
+        code = (y.flatten(1) - self.mean) @ self.components.T   # (B, latent)
+        return (self.mean + code @ self.components).view_as(y)
 
 
 @torch.no_grad()

@@ -20,22 +20,25 @@ from matplotlib.figure import Figure
 from scipy import ndimage, stats
 from sklearn import metrics as sk
 
-from autoencoder import ConvAutoencoder, from_patches, to_patches
+from autoencoder import PCA, ConvAutoencoder, from_patches, to_patches
 from data import Inputs, load, read_image, resize, to_float, to_inputs
 from lamp_loss import l2
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD
 
 LAYOUT = 1                                                  # of model.pt; raise it with a change
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
+CURVES = ("image_auroc", "pixel_auroc", "normal_error", "anomaly_error")    # over the epochs
+IMAGE_MODELS = ("ae", "pca")                                # the others see features
 MODELS = {                                                  # name: (config, input shape) -> model
     "ae": lambda c, shape: ConvAutoencoder(
         shape[0], c["depth"], c["width"], c["latent"], c["kernel_size"], c["patches"]),
+    "pca": lambda c, shape: PCA(shape[0], shape[1], c["latent"]),
     "uniad": lambda c, shape: UniAD(
         shape[0], shape[1], neighbors=c["neighbors"], jitter=c["jitter"], query=c["query"]),
     "mlp": lambda c, shape: FeatureMLP(shape[0]), "cnn": lambda c, shape: FeatureCNN(shape[0]),
 }
 MODELS["transformer"] = MODELS["uniad"]                     # with other defaults, in train.py
-LAMP_OPTIONS = ("eps", "over", "detach")
+LAMP_OPTIONS = ("eps", "over", "detach", "log")
 Judged = namedtuple("Judged", "maps scores threshold scale")
 
 
@@ -134,7 +137,7 @@ def measure(scores, maps, data):
 
 def open_data(c, device="cpu", mean_std=None):
     """Config -> Data, Inputs, Backbone or None; mean_std: those of a saved run's features."""
-    native = c["model"] != "ae" and c["dataset"] not in ("mvtec", "folder")     # Backbone scales
+    native = c["model"] not in IMAGE_MODELS and c["dataset"] not in ("mvtec", "folder")     # Backbone scales
     data = load(c["dataset"], c["normal"], c["data_dir"], None if native else c["image_size"],
                 c["validate"])
     backbone = open_backbone(c, device)
@@ -143,7 +146,7 @@ def open_data(c, device="cpu", mean_std=None):
 
 
 def open_backbone(c, device):
-    if c["model"] != "ae":
+    if c["model"] not in IMAGE_MODELS:
         return Backbone(c["backbone"], c["backbone_weights"], c["image_size"]).to(device)
 
 
@@ -171,6 +174,16 @@ def load_run(path, device="cpu"):
     return state, model.to(device, memory_format=torch.channels_last).eval()
 
 
+@torch.no_grad()
+def pull(model, inputs, anomalies):
+    """How near anomalies (N, C, H, W) are brought to the normal, mean over up to 500 of them: the
+    squared distance of y_hat to its nearest training image over that of y; 1: not at all."""
+    y = inputs.prepare(anomalies[::-(-len(anomalies) // 500)].to(next(model.parameters()).device))
+    normal = inputs.prepare(inputs.train).flatten(1).to(y.device)
+    to_normal = [torch.cdist(v.flatten(1), normal).amin(1).square() for v in (model.eval()(y), y)]
+    return float((to_normal[0] / to_normal[1]).mean())
+
+
 def judge(model, c, data, inputs):
     """The test set -> metrics as in run.json, and what they come from. scale: the upper end of all
     heat maps' color scale, twice the 99.9 % quantile of the error of held-out normal pixels."""
@@ -185,6 +198,8 @@ def judge(model, c, data, inputs):
         mine = scores[data.labels == label]
         result[rate] = float((mine > limit).float().mean()) if len(mine) and len(held) else None
         result[error] = float(mine.mean()) if len(mine) else None
+    bad = inputs.test[data.labels == 1]
+    result["pull"] = pull(model, inputs, bad) if c["model"] in IMAGE_MODELS and len(bad) else None
     return result, Judged(maps, scores, limit, scale)
 
 
@@ -298,13 +313,50 @@ def read_results(folder, rows, metric):
     for run in (r for r in runs if len(r["history"]) >= r["config"]["epochs"]):     # whole ones
         c = {**run["metrics"], **run["config"]}
         c["setting"] = "unified" if c["normal"] == "all" or "," in c["normal"] else "separate"
-        for category, values in run["metrics"]["categories"].items():
+        each = [(name, v) for name, v in run["metrics"]["categories"].items()]
+        if "epoch" in rows:
+            each = [(c["normal"], point) for point in run["history"]]
+        for category, values in each:
             c.update(values, category=category)
             row = tuple(None if k in LAMP_OPTIONS and not c["lamp"] else c[k] for k in rows)
             if c[metric] is not None:
                 cells[row][c["lamp"]].setdefault(category, []).append(c[metric])
-    return {row: [{k: float(np.mean(v)) for k, v in side.items()} for side in cell]
-            for row, cell in cells.items()}
+    cells = {row: [{k: float(np.mean(v)) for k, v in side.items()} for side in cell]
+             for row, cell in cells.items()}
+    for row in cells:                                       # a plain run is every reading's partner
+        plain = tuple(None if k in LAMP_OPTIONS else v for k, v in zip(rows, row))
+        cells[row][0] = cells[row][0] or cells.get(plain, cells[row])[0]
+    return {row: cells[row] for row in sorted(cells, key=lambda r: [
+        (isinstance(v, str), v or 0) for v in r])}
+
+
+def differences(plain, lamp):
+    return [lamp[name] - plain[name] for name in lamp if name in plain]
+
+
+def draw_table(path, cells, rows, metric, command):
+    """The table as a picture: its first option to the right, a line for each value of the others."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for rest in dict.fromkeys(row[1:] for row in cells):
+        lines = {row[0]: cell for row, cell in cells.items() if row[1:] == rest}
+        for side, name in enumerate(("base loss", "LAMP")):
+            points = [(x, np.mean([*cell[side].values()])) for x, cell in lines.items() if cell[side]]
+            if points:
+                left.plot(*zip(*points), "o-" if side else "s--", label=", ".join([name, *map(str, rest)]))
+        pairs = [(x, d) for x, d in ((x, differences(*cell)) for x, cell in lines.items()) if len(d) > 1]
+        if pairs:
+            right.errorbar([x for x, _ in pairs], [np.mean(d) for _, d in pairs],
+                           [interval(d) for _, d in pairs], fmt="o-", capsize=3, label=", ".join(map(str, rest)))
+    right.axhline(0, color="black", linewidth=0.8)
+    left.set(xlabel=rows[0], title=metric.replace("_", " "))
+    right.set(xlabel=rows[0], title="LAMP - base loss, 95 % interval over categories")
+    left.legend()
+    for axis in (left, right):
+        if all(isinstance(row[0], (int, float)) and row[0] > 0 for row in cells) and rows[0] != "epoch":
+            axis.set_xscale("log", base=2)
+    figure.supxlabel(command, fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def table(folder, rows=("category",), metric="image_auroc", paper="results/paper.json"):
@@ -314,17 +366,13 @@ def table(folder, rows=("category",), metric="image_auroc", paper="results/paper
     over categories; wins with the exact sign test; in parentheses paper.json's number, if any.
     """
     cells, known = read_results(folder, rows, metric), {}
-    for row in list(cells):                                 # a plain run is every reading's partner
-        plain = tuple(None if k in LAMP_OPTIONS else v for k, v in zip(rows, row))
-        cells[row][0] = cells[row][0] or cells.get(plain, cells[row])[0]
     if rows == ("category",):
         cells["mean",] = [{c: v for row in cells for c, v in cells[row][k].items()} for k in (0, 1)]
     for n in json.loads(Path(paper).read_text()) if Path(paper).exists() else ():
         known[frozenset(f"{n['row']} {n['column']}".lower().split())] = f" ({n['value']:.3f})"
     lines = [[", ".join(rows), "base loss", "LAMP", "difference", "wins", "p"], ["---"] * 6]
-    for row in sorted(cells, key=lambda r: [(v == "mean", isinstance(v, str), v or 0) for v in r]):
-        plain, lamp = cells[row]
-        d = [lamp[c] - plain[c] for c in lamp if c in plain]
+    for row, (plain, lamp) in cells.items():
+        d = differences(plain, lamp)
         wins, played = sum(x > 0 for x in d), sum(x != 0 for x in d)
         words = [" ".join(map(str, [*row, metric, *name])).lower() for name in ((), ("lamp",))]
         papers = [known.get(frozenset(text.split()), "") for text in words]
@@ -388,6 +436,7 @@ def main(argv=None):
     add("--table", metavar="FOLDER", help="print a Markdown table of all runs below this folder")
     add("--rows", default="category", help="its rows: options joined by commas (default: category)")
     add("--metric", default="image_auroc", help="what it holds (default: image_auroc)")
+    add("--picture", metavar="PICTURE", help="draw the table, too")
     add("--history", metavar="PICTURE", help="draw error and AUROC of all RUNs over their epochs")
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     add("--device", default="cpu", help="default: cpu")
@@ -396,7 +445,11 @@ def main(argv=None):
         parser.error("name one or more runs, or --table FOLDER")
     try:
         if args.table:
-            print(table(args.table, tuple(args.rows.split(",")), args.metric))
+            rows = tuple(args.rows.split(","))
+            print(table(args.table, rows, args.metric))
+            if args.picture:
+                draw_table(args.picture, read_results(args.table, rows, args.metric), rows, args.metric,
+                           f"python evaluate.py --table {args.table} --rows {args.rows} --metric {args.metric}")
         elif args.history:
             records = [json.loads((Path(run) / "run.json").read_text()) for run in args.runs]
             draw_curves(args.history, records)

@@ -97,24 +97,26 @@ def lamp(error, eps=0.1, over="image", detach=True):
 class ReconstructionLoss(nn.Module):
     """A training loss: base error, amplified or not, summed over C, H, W (Eq. 1), mean over B.
 
-    loss: "l1", "l2" or "ssim"; lamp: amplify it; eps, over, detach: see `scale`.
+    loss: "l1", "l2" or "ssim"; lamp: amplify it; eps, over, detach: see `scale`; log: False takes
+    Eq. 2 alone, without Eq. 1's logarithm, as a control: what does the weighting of images do?
     forward(y_hat, y): two (B, C, H, W) -> scalar. `base_error` then holds the loss before
     amplification, a detached scalar reduced alike. Raises ValueError for an unknown loss.
     """
 
-    def __init__(self, loss="l2", lamp=False, eps=0.1, over="image", detach=True):
+    def __init__(self, loss="l2", lamp=False, eps=0.1, over="image", detach=True, log=True):
         super().__init__()
         if loss not in BASE_LOSSES:
             raise ValueError(f"loss must be one of {', '.join(BASE_LOSSES)}, got {loss!r}")
         self.loss, self.lamp = loss, lamp
-        self.eps, self.over, self.detach = eps, over, detach
+        self.eps, self.over, self.detach, self.log = eps, over, detach, log
         self.base_error = None
 
     def forward(self, y_hat, y):
         error = BASE_LOSSES[self.loss](y_hat, y)                        # (B, C, H, W)
         self.base_error = error.detach().sum() / len(y)
         if self.lamp:
-            error = lamp(error, self.eps, self.over, self.detach)
+            amplify = lamp if self.log else scale
+            error = amplify(error, self.eps, self.over, self.detach)
         return error.sum() / len(y)
 
 

@@ -48,23 +48,26 @@ PLAIN = dict(neighbors=0, jitter=0.0, query="none")
 DEFAULTS = {                                                # of options left unset, by model
     "ae": dict(lr=1e-3, epochs=10, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
                weight_decay=0.0, **PLAIN),
+    "pca": dict(lr=1e-3, epochs=0, batch_size=32, optimizer="adam", schedule="constant", clip=0.0,
+                weight_decay=0.0, **PLAIN),                 # solved, not trained
     "uniad": UNIAD, "transformer": {**UNIAD, **PLAIN, "query": "first"}, "mlp": {**UNIAD, **PLAIN},
     "cnn": {**UNIAD, **PLAIN}}
 FEW_IMAGES, MANY_EPOCHS = ("digits", "mvtec", "folder"), 100    # hundreds, not thousands of images
 RANGES = dict(                                              # smallest and largest value that works
-    image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(1, 65536), kernel_size=(1, 99),
-    patches=(1, 4096), neighbors=(0, 999), jitter=(0, 1e6), epochs=(1, 10 ** 6), clip=(0, 1e9),
+    image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(0, 65536), kernel_size=(1, 99),
+    patches=(1, 4096), neighbors=(0, 999), jitter=(0, 1e6), epochs=(0, 10 ** 6), clip=(0, 1e9),
     batch_size=(1, 10 ** 6), lr=(1e-12, 1e3), weight_decay=(0, 10), seed=(0, 2 ** 63 - 1),
     threads=(0, 1024), eval_every=(0, 10 ** 6), eps=(1e-6, 0.999), fpr=(1e-6, 0.999))
-FIT_OPTIONS = "epochs batch_size lr optimizer schedule weight_decay clip seed amp".split()
+FIT_OPTIONS = "epochs batch_size lr optimizer schedule weight_decay clip exact_clip seed amp".split()
 FREE = "epochs eval_every pictures out data_dir cache_dir device threads resume overwrite".split()
 
 
 # ---- the loop ----
 
 def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=1e-3,
-        optimizer="adam", schedule="cosine", weight_decay=0.0, clip=0.0, seed=0, amp=False,
-        prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {}, save=lambda s: None):
+        optimizer="adam", schedule="cosine", weight_decay=0.0, clip=0.0, exact_clip=False, seed=0,
+        amp=False, prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {},
+        save=lambda state: None):
     """Train model to reconstruct inputs (N, C, H, W), or to predict targets (N, ...) from them.
 
     criterion(x_hat, x) -> scalar, a sum over C, H, W; prepare: stored inputs -> the model's; an
@@ -89,7 +92,8 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             share = len(mine) * world / len(index)          # the processes' gradients are averaged
             loss = criterion(x_hat.float(), y) / y[0].numel() * share
             rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
-            take_step(model, optim, loss, rate, clip, f"epoch {epoch}, step {step + 1}")
+            where = f"epoch {epoch}, step {step + 1}"
+            take_step(model, optim, loss, rate, clip, exact_clip, where)
             base = float(getattr(criterion, "base_error", 0)) / y[0].numel() * share
             totals += torch.tensor([loss.item(), base]) * (len(index) / len(inputs) / world)
         if world > 1:
@@ -123,8 +127,8 @@ def draw_batches(n, size, generator, smallest):
     return batches
 
 
-def take_step(model, optim, loss, rate, clip, where):
-    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
+def take_step(model, optim, loss, rate, clip, exact_clip, where):
+    """One update at learning rate `rate`, gradient norm at most `clip`, or just that; 0: as is."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
                                  f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
@@ -133,7 +137,9 @@ def take_step(model, optim, loss, rate, clip, where):
     optim.zero_grad()
     loss.backward()
     if clip:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if exact_clip else clip)
+        for p in model.parameters() if exact_clip else ():
+            p.grad *= clip / norm
     optim.step()
 
 
@@ -184,11 +190,12 @@ def model_options(parser):
     add("--eps", type=float, default=0.1, help="Eq. 2's epsilon")
     add("--over", choices=("image", "batch"), default="image", help="what Eq. 2's maximum is over")
     add("--detach", action=yes_no, default=True, help="no gradient through Eq. 2's maximum")
+    add("--log", action=yes_no, default=True, help="--no-log: Eq. 2 alone, without Eq. 1's logarithm")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
     add("--depth", type=int, **unset("ae: layers a side (default: 4, or 6 from 128 pixels)"))
     add("--width", type=int, default=16, help="ae: filters of the first layer")
-    add("--latent", type=int, default=16, help="ae: channels of the code")
+    add("--latent", type=int, default=16, help="ae: channels of the code; pca: components")
     add("--kernel-size", type=int, default=3, help="ae: side of the kernels, odd")
     add("--patches", type=int, default=1, help="ae: n, for n x n patches reconstructed apart")
     add("--backbone", choices=Backbone.NAMES, default="efficientnet_b4", help="others: frozen CNN")
@@ -210,6 +217,7 @@ def run_options(parser):
     add("--lr", type=float, **unset("learning rate", "lr"))
     add("--weight-decay", type=float, **unset("of the optimizer", "weight_decay"))
     add("--clip", type=float, **unset("largest gradient norm, 0 for any", "clip"))
+    add("--exact-clip", action="store_true", help="scale small gradients up to --clip, too")
     add("--optimizer", choices=OPTIMIZERS, **unset("SGD has momentum .9", "optimizer"))
     add("--schedule", choices=SCHEDULES, **unset("of the learning rate", "schedule"))
     add("--reestimate", action=yes_no, default=True, help="batch norm statistics before evaluating")
@@ -232,7 +240,7 @@ def run_options(parser):
 
 def complete(c, parser):
     """Fill what depends on other options, check ranges and combinations (else exit status 2)."""
-    folders, is_ae = c["dataset"] in ("mvtec", "folder"), c["model"] == "ae"
+    folders, is_ae = c["dataset"] in ("mvtec", "folder"), c["model"] in ev.IMAGE_MODELS
     c.setdefault("normal", "all" if folders else "0")
     c.setdefault("image_size", (128 if folders else 32) if is_ae else 224)
     c.setdefault("depth", 4 if c["image_size"] < 128 else 6)
@@ -295,7 +303,7 @@ def curve_point(epoch, c, model, data, inputs):
     """For the history: AUROC every --eval-every epochs, else None; nothing is chosen by it."""
     due = c["eval_every"] and epoch % c["eval_every"] == 0 and epoch < c["epochs"]
     metrics = assess(c, model, data, inputs)[0] if due else {}
-    return {key: metrics.get(key) for key in ("image_auroc", "pixel_auroc")}
+    return {key: metrics.get(key) for key in ev.CURVES}
 
 
 def finish(c, model, data, inputs, save, state, command, started):
@@ -306,7 +314,7 @@ def finish(c, model, data, inputs, save, state, command, started):
     metrics.update(train_seconds=round(seconds, 2), images_per_second=round(
         len(inputs.train) * len(history) / max(seconds, 1e-9), 1))
     if history:
-        history[-1].update({key: metrics[key] for key in ("image_auroc", "pixel_auroc")})
+        history[-1].update({key: metrics[key] for key in ev.CURVES})
     save({**state, "threshold": metrics["threshold"], "scale": judged.scale})
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "torchvision": torchvision.__version__, "threads": torch.get_num_threads()}
@@ -343,6 +351,8 @@ def run(c, command):
     shape = list(inputs.prepare(inputs.train[:1].to(device)).shape[1:])
     torch.manual_seed(c["seed"] + rank)                     # own noise; all get rank 0's weights
     model = ev.MODELS[c["model"]](c, shape).to(device)
+    if c["model"] == "pca":
+        model.solve(to_float(inputs.train))
     fixed = {"layout": ev.LAYOUT, "config": c, "shape": shape, "image": list(data.train.shape[1:]),
              "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}
     save = functools.partial(write_checkpoint, out / "model.pt", fixed, model)
@@ -350,7 +360,7 @@ def run(c, command):
         model.load_state_dict(state["model"])
     elif rank == 0:
         save({"history": []})                               # where this fails, it fails now
-    criterion = ReconstructionLoss(*(c[k] for k in "loss lamp eps over detach".split()))
+    criterion = ReconstructionLoss(*(c[k] for k in "loss lamp eps over detach log".split()))
     try:
         fit(model, inputs.train, criterion, **{key: c[key] for key in FIT_OPTIONS}, save=save,
             prepare=inputs.prepare, resume=state if state and state["history"] else None,
@@ -380,8 +390,21 @@ def start_process(c):
     return torch.device(c["device"] + local), dist.get_rank()
 
 
+def run_each(lines):
+    """A run for each line of options, one after the other -> the largest exit status."""
+    status = 0
+    for line in lines:
+        try:
+            main(shlex.split(line))
+        except SystemExit as stop:
+            status = max(status, stop.code)
+    return status
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["--each"]:
+        raise SystemExit(run_each(argv[1:]))
     parser, config = parse(argv)
     try:
         status = run(config, shlex.join(["python", "train.py", *argv]))
