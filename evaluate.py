@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from scipy import ndimage, stats
 from sklearn import metrics as sk
 
-from autoencoder import PCA, ConvAutoencoder, from_patches, to_patches
+from autoencoder import PCA, ConvAutoencoder
 from data import Inputs, load, read_image, resize, to_float, to_inputs
 from lamp_loss import l2
-from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD
+from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
 LAYOUT = 1                                                  # of model.pt; raise it with a change
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
@@ -137,9 +137,9 @@ def measure(scores, maps, data):
 
 def open_data(c, device="cpu", mean_std=None):
     """Config -> Data, Inputs, Backbone or None; mean_std: those of a saved run's features."""
-    native = c["model"] not in IMAGE_MODELS and c["dataset"] not in ("mvtec", "folder")     # Backbone scales
-    data = load(c["dataset"], c["normal"], c["data_dir"], None if native else c["image_size"],
-                c["validate"])
+    native = c["model"] not in IMAGE_MODELS and c["dataset"] not in ("mvtec", "folder")
+    data = load(c["dataset"], c["normal"], c["data_dir"],       # native: Backbone scales
+                None if native else c["image_size"], c["validate"])
     backbone = open_backbone(c, device)
     return data, to_inputs(data, c["seed"], backbone, c["cache_dir"] if c["cache"] else None,
                            mean_std if c["standardize"] else {}), backbone
@@ -220,18 +220,16 @@ def number(value):
     return "-" if value is None else f"{value:.4f}"
 
 
-def draw_curves(path, records, judged=None, labels=None):
-    """Error and AUROC over the epochs of runs; of one judged run, ROC and test scores as well."""
-    figure = Figure(figsize=(16 if judged else 11, 3.2), layout="constrained")
-    axes = figure.subplots(1, 5 if judged else 3)
+def draw_curves(path, record, judged, labels):
+    """A run's error and AUROC over its epochs, ROC, and the scores of its test set."""
+    figure = Figure(figsize=(16, 3.2), layout="constrained")
+    axes = figure.subplots(1, 5)
     for axis, key in zip(axes, ("base_error", "image_auroc", "pixel_auroc")):
-        for r in records:
-            known = [(h["epoch"], h[key]) for h in r["history"] if h.get(key) is not None]
-            axis.plot(*zip(*known or [(0, math.nan)]), "o-", label=Path(r["config"]["out"]).name)
+        known = [(h["epoch"], h[key]) for h in record["history"] if h.get(key) is not None]
+        axis.plot(*zip(*known or [(0, math.nan)]), "o-")
         axis.set(xlabel="epoch", title=key.replace("_", " "))
     axes[0].set(yscale="log")
-    axes[0].legend(fontsize=7)
-    if judged and len(np.unique(labels)) == 2:
+    if len(np.unique(labels)) == 2:
         axes[3].plot(*sk.roc_curve(labels, judged.scores)[:2])
         axes[3].set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
         kinds = [judged.scores[labels == label].numpy() for label in (0, 1)]
@@ -241,28 +239,21 @@ def draw_curves(path, records, judged=None, labels=None):
         axes[4].axvline(judged.threshold or math.nan, color="black", label="threshold")
         axes[4].set(xlabel="anomaly score", yticks=[], title="test images")
         axes[4].legend(fontsize=7)
-    figure.supxlabel("\n".join(r["command"] for r in records), fontsize=7)
+    figure.supxlabel(record["command"], fontsize=7)
     figure.savefig(path, dpi=100)
 
 
 @torch.no_grad()
 def reconstruct(model, inputs, stored):
-    """What the model makes of stored inputs, as images (N, C, H, W) in [0, 1].
-
-    Features show a person nothing: each reconstructed token is drawn as the 16x16 image patch of
-    its nearest token among up to 400 normal training images (None where these are not at hand).
-    """
+    """What the model makes of stored inputs, as images (N, C, H, W) in [0, 1]; of features, see
+    `uniad.draw_tokens`, None where no training images are at hand."""
     device = next(model.parameters()).device
     y_hat = model.eval()(inputs.prepare(stored.to(device))).float()
     if inputs.images is None:
         return y_hat.cpu() if y_hat.shape[1] <= 3 else None
-    every, grid = -(-len(inputs.train) // 400), y_hat.shape[-1]
-    bank = torch.cat([inputs.prepare(f.to(device)) for f in inputs.train[::every].split(64)])
-    bank = bank.movedim(1, -1).flatten(0, 2)                                # (M g g, C)
-    images = F.interpolate(to_float(inputs.images[::every]), 16 * grid, mode="bilinear")
-    patches = to_patches(images, grid)                                      # (M g g, 3, 16, 16)
-    nearest = [torch.cdist(f_hat.flatten(1).T, bank).argmin(1).cpu() for f_hat in y_hat]
-    return torch.cat([from_patches(patches[index], grid) for index in nearest])
+    some = slice(None, None, -(-len(inputs.train) // 400))                  # up to 400 images
+    bank = torch.cat([inputs.prepare(f.to(device)) for f in inputs.train[some].split(64)])
+    return draw_tokens(y_hat, bank, to_float(inputs.images[some]))
 
 
 def draw_examples(path, model, inputs, images, stored, judged, labels=None, masks=None):
@@ -306,57 +297,32 @@ def interval(values, level=0.95):
 
 
 def read_results(folder, rows, metric):
-    """All run.json below a folder -> {values of the options `rows`: (of plain runs, of LAMP's)},
-    each {category: mean over seeds}. LAMP's own options are None for a plain run."""
-    cells = defaultdict(lambda: ({}, {}))
+    """All run.json below a folder -> {values of the options `rows`: [of plain runs, of LAMP's]},
+    each {category: mean over seeds}; with "epoch" in rows, values of the history. LAMP's own
+    options are None for a plain run, which is the partner of all of LAMP's readings."""
+    cells = defaultdict(lambda: [defaultdict(list), defaultdict(list)])
     runs = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("run.json"))]
     for run in (r for r in runs if len(r["history"]) >= r["config"]["epochs"]):     # whole ones
-        c = {**run["metrics"], **run["config"]}
-        c["setting"] = "unified" if c["normal"] == "all" or "," in c["normal"] else "separate"
-        each = [(name, v) for name, v in run["metrics"]["categories"].items()]
+        c, each = {**run["metrics"], **run["config"]}, run["metrics"]["categories"].items()
         if "epoch" in rows:
-            each = [(c["normal"], point) for point in run["history"]]
+            c, each = run["config"], [(run["config"]["normal"], h) for h in run["history"]]
+        setting = "unified" if c["normal"] == "all" or "," in c["normal"] else "separate"
         for category, values in each:
-            c.update(values, category=category)
+            c = {**c, **values, "category": category, "setting": setting}
             row = tuple(None if k in LAMP_OPTIONS and not c["lamp"] else c[k] for k in rows)
             if c[metric] is not None:
-                cells[row][c["lamp"]].setdefault(category, []).append(c[metric])
-    cells = {row: [{k: float(np.mean(v)) for k, v in side.items()} for side in cell]
-             for row, cell in cells.items()}
-    for row in cells:                                       # a plain run is every reading's partner
+                cells[row][c["lamp"]][category].append(c[metric])
+    if not cells:
+        raise ValueError(f"{folder}: no run.json of a finished run with {metric} below it")
+    for row, cell in [*cells.items()]:
         plain = tuple(None if k in LAMP_OPTIONS else v for k, v in zip(rows, row))
-        cells[row][0] = cells[row][0] or cells.get(plain, cells[row])[0]
-    return {row: cells[row] for row in sorted(cells, key=lambda r: [
-        (isinstance(v, str), v or 0) for v in r])}
+        cell[0] = cell[0] or (cells[plain][0] if plain in cells else {})
+    return {row: [{k: float(np.mean(v)) for k, v in side.items()} for side in cells[row]]
+            for row in sorted(cells, key=lambda r: [(isinstance(v, str), v or 0) for v in r])}
 
 
 def differences(plain, lamp):
     return [lamp[name] - plain[name] for name in lamp if name in plain]
-
-
-def draw_table(path, cells, rows, metric, command):
-    """The table as a picture: its first option to the right, a line for each value of the others."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for rest in dict.fromkeys(row[1:] for row in cells):
-        lines = {row[0]: cell for row, cell in cells.items() if row[1:] == rest}
-        for side, name in enumerate(("base loss", "LAMP")):
-            points = [(x, np.mean([*cell[side].values()])) for x, cell in lines.items() if cell[side]]
-            if points:
-                left.plot(*zip(*points), "o-" if side else "s--", label=", ".join([name, *map(str, rest)]))
-        pairs = [(x, d) for x, d in ((x, differences(*cell)) for x, cell in lines.items()) if len(d) > 1]
-        if pairs:
-            right.errorbar([x for x, _ in pairs], [np.mean(d) for _, d in pairs],
-                           [interval(d) for _, d in pairs], fmt="o-", capsize=3, label=", ".join(map(str, rest)))
-    right.axhline(0, color="black", linewidth=0.8)
-    left.set(xlabel=rows[0], title=metric.replace("_", " "))
-    right.set(xlabel=rows[0], title="LAMP - base loss, 95 % interval over categories")
-    left.legend()
-    for axis in (left, right):
-        if all(isinstance(row[0], (int, float)) and row[0] > 0 for row in cells) and rows[0] != "epoch":
-            axis.set_xscale("log", base=2)
-    figure.supxlabel(command, fontsize=7)
-    figure.savefig(path, dpi=110)
 
 
 def table(folder, rows=("category",), metric="image_auroc", paper="results/paper.json"):
@@ -371,17 +337,43 @@ def table(folder, rows=("category",), metric="image_auroc", paper="results/paper
     for n in json.loads(Path(paper).read_text()) if Path(paper).exists() else ():
         known[frozenset(f"{n['row']} {n['column']}".lower().split())] = f" ({n['value']:.3f})"
     lines = [[", ".join(rows), "base loss", "LAMP", "difference", "wins", "p"], ["---"] * 6]
-    for row, (plain, lamp) in cells.items():
-        d = differences(plain, lamp)
+    for row, cell in cells.items():
+        d, line = differences(*cell), [", ".join(map(str, row))]
         wins, played = sum(x > 0 for x in d), sum(x != 0 for x in d)
-        words = [" ".join(map(str, [*row, metric, *name])).lower() for name in ((), ("lamp",))]
-        papers = [known.get(frozenset(text.split()), "") for text in words]
-        lines.append([", ".join(map(str, row)), summary(plain.values()) + papers[0] * bool(plain),
-                      summary(lamp.values()) + papers[1] * bool(lamp), summary(d, "+"),
-                      f"{wins} of {len(d)}" * bool(d),
+        for side, name in zip(cell, ("", " lamp")):         # the paper's entry of most words fits
+            words = {*f"{' '.join(map(str, row))} {metric}{name}".lower().split()}
+            fits = [k for k in known if k <= words and (name[1:] in k or not name)]
+            number = known[max(fits, key=len)] if fits and side else ""
+            line.append(summary(side.values()) + number)
+        lines.append([*line, summary(d, "+"), f"{wins} of {len(d)}" * bool(d),
                       f"{stats.binomtest(wins, played).pvalue:.3f}" if played > 1 else ""])
     width = 6 if any(lamp for _, lamp in cells.values()) else 2
     return "\n".join(f"| {' | '.join(line[:width])} |" for line in lines)
+
+
+def draw_table(path, folder, rows, metrics):
+    """Tables as a picture: a panel for each metric over the first of `rows`; the last one holds
+    LAMP minus base loss of the first metric, with its interval over categories."""
+    figure = Figure(figsize=(4.2 * len(metrics) + 4.2, 3.6), layout="constrained")
+    *panels, last = figure.subplots(1, len(metrics) + 1)
+    for panel, metric in zip(panels, metrics):
+        cells = read_results(folder, rows, metric)
+        for rest in dict.fromkeys(row[1:] for row in cells):
+            mine = {row[0]: cell for row, cell in cells.items() if row[1:] == rest}
+            for side, name in enumerate(("base loss", "LAMP")):
+                means = [np.mean([*cell[side].values()] or math.nan) for cell in mine.values()]
+                name = " ".join(map(str, (name, *rest)))
+                panel.plot([*mine], means, "so"[side] + "-", label=name)
+            d = [differences(*cell) for cell in mine.values()]
+            if panel is panels[0] and min(map(len, d)) > 1:
+                last.errorbar([*mine], [*map(np.mean, d)], [*map(interval, d)], capsize=3)
+        panel.set(xlabel=rows[0], title=metric.replace("_", " "))
+    panels[0].legend(fontsize=7)
+    last.axhline(0, color="black", linewidth=0.8)
+    last.set(xlabel=rows[0], title=f"{metrics[0].replace('_', ' ')}: LAMP - base loss")
+    for panel in (*panels, last) if rows[0] in ("latent", "batch_size", "lr") else ():
+        panel.set_xscale("log", base=2)
+    figure.savefig(path, dpi=110)
 
 
 def summary(values, sign=""):
@@ -398,7 +390,7 @@ def evaluate_run(run, data_dir, device):
     data, inputs, _ = open_data(c, device, state["backbone"])
     metrics, judged = judge(model, c, data, inputs)
     record = {"command": f"python evaluate.py {run}", "config": c, "history": state["history"]}
-    draw_curves(Path(run) / "curves.png", [record], judged, data.labels)
+    draw_curves(Path(run) / "curves.png", record, judged, data.labels)
     draw_examples(Path(run) / "examples.png", model, inputs, data.test, inputs.test, judged,
                   data.labels, data.masks)
     print(f"{run}\n{describe(metrics)}\nimage AUROC with each --score:")
@@ -435,9 +427,8 @@ def main(argv=None):
     add("--image", nargs="+", metavar="FILE", help="judge these images by the threshold of RUN")
     add("--table", metavar="FOLDER", help="print a Markdown table of all runs below this folder")
     add("--rows", default="category", help="its rows: options joined by commas (default: category)")
-    add("--metric", default="image_auroc", help="what it holds (default: image_auroc)")
-    add("--picture", metavar="PICTURE", help="draw the table, too")
-    add("--history", metavar="PICTURE", help="draw error and AUROC of all RUNs over their epochs")
+    add("--metric", default="image_auroc", help="a table for each of these (default: image_auroc)")
+    add("--picture", metavar="FILE", help="and draw it")
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     add("--device", default="cpu", help="default: cpu")
     args = parser.parse_args(argv)
@@ -445,14 +436,10 @@ def main(argv=None):
         parser.error("name one or more runs, or --table FOLDER")
     try:
         if args.table:
-            rows = tuple(args.rows.split(","))
-            print(table(args.table, rows, args.metric))
+            rows, metrics = tuple(args.rows.split(",")), args.metric.split(",")
+            print("\n\n".join(table(args.table, rows, metric) for metric in metrics))
             if args.picture:
-                draw_table(args.picture, read_results(args.table, rows, args.metric), rows, args.metric,
-                           f"python evaluate.py --table {args.table} --rows {args.rows} --metric {args.metric}")
-        elif args.history:
-            records = [json.loads((Path(run) / "run.json").read_text()) for run in args.runs]
-            draw_curves(args.history, records)
+                draw_table(args.picture, args.table, rows, metrics)
         else:
             for run in args.runs:
                 work = judge_files if args.image else evaluate_run

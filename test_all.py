@@ -30,7 +30,7 @@ import evaluate as ev
 import landscape
 import train
 import uniad
-from autoencoder import ConvAutoencoder, from_patches, reestimate_batch_norm, to_patches
+from autoencoder import PCA, ConvAutoencoder, from_patches, reestimate_batch_norm, to_patches
 from lamp_loss import BASE_LOSSES, ReconstructionLoss, lamp, scale, ssim
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, jitter, neighbor_mask
 
@@ -148,6 +148,8 @@ def test_reconstruction_loss_sums_over_an_image_and_averages_over_the_batch(name
     each = [(lamp(e[None], 0.2) if amplify else e).sum() for e in error]
     close(criterion(y_hat, y), sum(each) / 4, 1e-4)
     close(criterion.base_error, error.sum() / 4, 1e-4)
+    alone = ReconstructionLoss(name, True, eps=0.2, log=False)(y_hat, y)        # Eq. 2, no log
+    close(alone, sum((e / e.max()).sum() * 0.8 for e in error) / 4, 1e-4)
 
 
 def test_lamp_s_arguments_are_checked():
@@ -183,6 +185,16 @@ def test_the_code_is_latent_channels_of_the_image_s_side_over_two_to_the_depth()
         assert model(y).shape == y.shape and 0 < model(y).min() and model(y).max() < 1
     refused("use 32 or 48", ConvAutoencoder(1, 4), torch.rand(1, 1, 40, 40))
     refused("odd", ConvAutoencoder, kernel_size=4)
+
+
+def test_pca_is_the_projection_on_the_largest_singular_vectors_and_with_none_the_mean_image():
+    y = torch.rand(9, 2, 4, 4)
+    flat = y.flatten(1) - y.flatten(1).mean(0)
+    for count in (0, 3):
+        model, v = PCA(2, 4, count), torch.linalg.svd(flat)[2][:count]
+        model.solve(y)
+        close(model(y), y.mean(0) + (flat @ v.T @ v).view_as(y), 1e-5)
+    refused("10 components of 9 images", PCA(2, 4, 10).solve, y)
 
 
 def test_reestimated_batch_norm_holds_the_mean_and_variance_of_all_inputs():
@@ -349,6 +361,33 @@ def test_metrics_are_of_each_category_and_leave_out_anomalies_without_mask():
     assert m["image_auroc"] is None and m["pixel_aupro"] is None
 
 
+def test_pull_is_the_ratio_of_squared_distances_to_the_nearest_training_image():
+    train, bad, halve = images(5), images(7), nn.Conv2d(1, 1, 1, bias=False)
+    halve.weight.data.fill_(0.5)
+    y, normal = (x.flatten(1) / 255 for x in (bad, train))
+    near = [min(((v - n) ** 2).sum() for n in normal) for v in (*y, *(y / 2))]
+    inputs = data.Inputs(train, None, None, data.to_float, None)
+    close(ev.pull(halve, inputs, bad), np.mean([near[7 + i] / near[i] for i in range(7)]), 1e-4)
+
+
+def test_a_table_pairs_the_means_over_seeds_category_by_category():
+    values = {("3", 0): (0.5, 0.7), ("3", 1): (0.9, 0.9), ("5", 0): (0.6, 0.6), ("5", 1): (0.5, 0.7),
+              ("8", 0): (0.4, 0.6), ("8", 1): (0.6, 0.8)}
+    for ((normal, lamp), pair), seed in itertools.product(values.items(), (0, 1)):
+        Path(f"r/{normal}{lamp}{seed}").mkdir(parents=True)
+        Path(f"r/{normal}{lamp}{seed}/run.json").write_text(json.dumps({
+            "config": {"normal": normal, "lamp": bool(lamp), "loss": "l1", "eps": 0.1, "epochs": 1},
+            "history": [{"epoch": 1, "image_auroc": pair[seed] / 2}],
+            "metrics": {"categories": {normal: {"image_auroc": pair[seed]}}}}))
+    # differences of the means: .3, 0, .2; t(.975, 2) = 4.3027
+    assert ev.table("r", ("loss", "eps")).splitlines()[2:] == [
+        "| l1, None | 0.5667 ± 0.1434 |  |  |  |  |",
+        "| l1, 0.1 | 0.5667 ± 0.1434 | 0.7333 ± 0.3795 | +0.1667 ± 0.3795 | 2 of 3 | 0.500 |"]
+    assert "| 1 | 0.2833 ± 0.0717 | 0.3667 ± 0.1897 | +0.0833" in ev.table("r", ("epoch",))
+    assert "no run.json" in call(ev.main, "--table nowhere", 2)
+    call(ev.main, "--table r --rows epoch --picture z.png")
+
+
 # ---- uniad.py ----
 
 def test_the_neighbor_mask_is_its_definition():
@@ -410,6 +449,11 @@ def test_uniad_has_the_authors_number_of_parameters_and_the_baselines_about_as_m
     own, *others = (sum(p.numel() for p in model.parameters())
                     for model in (UniAD(), FeatureMLP(), FeatureCNN()))
     assert own == 7_717_392 and all(abs(count / own - 1) < 0.01 for count in others)
+
+
+def test_each_token_is_drawn_as_the_patch_of_its_nearest_token():
+    bank, patches = torch.randn(3, 5, 2, 2), torch.rand(3, 3, 32, 32)
+    close(uniad.draw_tokens(bank[[2, 0]] + 1e-3, bank, patches), patches[[2, 0]])
 
 
 def test_each_query_switch_is_what_it_says_and_noise_is_of_training_alone():
@@ -496,6 +540,22 @@ def test_fit_is_the_bare_loop():
         optim.step()
     for key, value in bare.state_dict().items():
         close(model.state_dict()[key], value, 1e-5)
+
+
+def test_exact_clip_makes_every_step_of_sgd_as_long_as_clip_times_the_learning_rate():
+    for factor in (1e-3, 1e3):
+        w = nn.Linear(4, 3)
+        before, optim = torch.cat([p.flatten() for p in w.parameters()]), torch.optim.SGD(
+            w.parameters(), 1)
+        train.take_step(w, optim, w(torch.rand(2, 4)).square().sum() * factor, 0.1, 2, True, "")
+        close((torch.cat([p.flatten() for p in w.parameters()]) - before).norm(), 0.2, 1e-4)
+
+
+def test_each_trains_a_run_for_each_line_and_goes_on_after_one_that_fails():
+    lines = [f"{TINY} --epochs 1 --out {name}" for name in ("one", "two --lr nan", "three")]
+    call(train.main, shlex.join(["--each", *lines]), 2)
+    call(train.main, lines[2].replace("three", "alone"))
+    assert metrics("one") and same("three", "alone")
 
 
 def test_a_last_batch_too_small_for_batch_norm_joins_the_one_before():

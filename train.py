@@ -45,20 +45,19 @@ SCHEDULES = {                                               # progress in [0, 1)
 UNIAD = dict(lr=4e-4, epochs=15, batch_size=8, optimizer="adamw", schedule="step", clip=0.1,
              weight_decay=1e-4, neighbors=7, jitter=20.0, query="layerwise")
 PLAIN = dict(neighbors=0, jitter=0.0, query="none")
+AE = dict(lr=1e-3, epochs=10, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
+          weight_decay=0.0, **PLAIN)
 DEFAULTS = {                                                # of options left unset, by model
-    "ae": dict(lr=1e-3, epochs=10, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
-               weight_decay=0.0, **PLAIN),
-    "pca": dict(lr=1e-3, epochs=0, batch_size=32, optimizer="adam", schedule="constant", clip=0.0,
-                weight_decay=0.0, **PLAIN),                 # solved, not trained
-    "uniad": UNIAD, "transformer": {**UNIAD, **PLAIN, "query": "first"}, "mlp": {**UNIAD, **PLAIN},
-    "cnn": {**UNIAD, **PLAIN}}
+    "ae": AE, "pca": {**AE, "epochs": 0, "batch_size": 0}, "uniad": UNIAD, "cnn": {**UNIAD, **PLAIN},
+    "mlp": {**UNIAD, **PLAIN}, "transformer": {**UNIAD, **PLAIN, "query": "first"}}
 FEW_IMAGES, MANY_EPOCHS = ("digits", "mvtec", "folder"), 100    # hundreds, not thousands of images
 RANGES = dict(                                              # smallest and largest value that works
-    image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(0, 65536), kernel_size=(1, 99),
-    patches=(1, 4096), neighbors=(0, 999), jitter=(0, 1e6), epochs=(0, 10 ** 6), clip=(0, 1e9),
+    image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(1, 65536), kernel_size=(1, 99),
+    patches=(1, 4096), neighbors=(0, 999), jitter=(0, 1e6), epochs=(1, 10 ** 6), clip=(0, 1e9),
     batch_size=(1, 10 ** 6), lr=(1e-12, 1e3), weight_decay=(0, 10), seed=(0, 2 ** 63 - 1),
     threads=(0, 1024), eval_every=(0, 10 ** 6), eps=(1e-6, 0.999), fpr=(1e-6, 0.999))
-FIT_OPTIONS = "epochs batch_size lr optimizer schedule weight_decay clip exact_clip seed amp".split()
+PCA_RANGES = {**RANGES, "latent": (0, 65536), "epochs": (0, 0), "batch_size": (0, 0)}
+FITTING = "epochs batch_size lr optimizer schedule weight_decay clip exact_clip seed amp".split()
 FREE = "epochs eval_every pictures out data_dir cache_dir device threads resume overwrite".split()
 
 
@@ -160,7 +159,8 @@ def parse(argv):
     """The command line -> parser, config: a dict of all options, those left unset by DEFAULTS."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog='python train.py --each "OPTIONS" "OPTIONS" ...: several runs, in one process')
     model_options(parser)
     run_options(parser)
     given = vars(parser.parse_args(argv))
@@ -190,7 +190,7 @@ def model_options(parser):
     add("--eps", type=float, default=0.1, help="Eq. 2's epsilon")
     add("--over", choices=("image", "batch"), default="image", help="what Eq. 2's maximum is over")
     add("--detach", action=yes_no, default=True, help="no gradient through Eq. 2's maximum")
-    add("--log", action=yes_no, default=True, help="--no-log: Eq. 2 alone, without Eq. 1's logarithm")
+    add("--log", action=yes_no, default=True, help="--no-log: Eq. 2 without Eq. 1's logarithm")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
     add("--depth", type=int, **unset("ae: layers a side (default: 4, or 6 from 128 pixels)"))
@@ -248,7 +248,7 @@ def complete(c, parser):
     c.setdefault("score", "sum" if is_ae else "max" if folders else "mean")
     name = f"{c['dataset']}-{c['normal']}-{c['model']}-{c['loss']}" + "-lamp" * c["lamp"]
     c.setdefault("out", "runs/" + re.sub(r"[^\w.,-]", "_", f"{name}-s{c['seed']}"))
-    for key, (low, high) in RANGES.items():
+    for key, (low, high) in (PCA_RANGES if c["model"] == "pca" else RANGES).items():
         if not low <= c[key] <= high:                       # NaN fails this, too
             parser.error(f"--{key.replace('_', '-')} {c[key]}: expected {low} to {high}")
     if c["neighbors"] and c["neighbors"] // 2 >= c["image_size"] // 32:     # before features cost
@@ -322,7 +322,7 @@ def finish(c, model, data, inputs, save, state, command, started):
               "seconds": round(time.perf_counter() - started, 2), "metrics": metrics}
     (out / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if c["pictures"]:
-        ev.draw_curves(out / "curves.png", [record], judged, data.labels)
+        ev.draw_curves(out / "curves.png", record, judged, data.labels)
         ev.draw_examples(out / "examples.png", model, inputs, data.test, inputs.test, judged,
                          data.labels, data.masks)
     print_result(record, out)
@@ -362,7 +362,7 @@ def run(c, command):
         save({"history": []})                               # where this fails, it fails now
     criterion = ReconstructionLoss(*(c[k] for k in "loss lamp eps over detach log".split()))
     try:
-        fit(model, inputs.train, criterion, **{key: c[key] for key in FIT_OPTIONS}, save=save,
+        fit(model, inputs.train, criterion, **{key: c[key] for key in FITTING}, save=save,
             prepare=inputs.prepare, resume=state if state and state["history"] else None,
             smallest=model.smallest_batch(c["image_size"]) if c["model"] == "ae" else 1,
             evaluate=lambda epoch: curve_point(epoch, c, model, data, inputs))

@@ -336,6 +336,20 @@ class FeatureCNN(nn.Module):
         return self.layers(features)
 
 
+@torch.no_grad()
+def draw_tokens(f_hat, bank, images):
+    """Features, which show a person nothing, as images: (N, C', g, g) -> (N, C, 16 g, 16 g).
+
+    Each token is drawn as the 16x16 image patch of its nearest token in bank (M, C', g, g), the
+    features of images (M, C, H, W).
+    """
+    grid, tokens = f_hat.shape[-1], bank.movedim(1, -1).flatten(0, 2)       # (M g g, C')
+    images = F.interpolate(images, 16 * grid, mode="bilinear")
+    patches = F.unfold(images, 16, stride=16).mT.flatten(0, 1)              # (M g g, C 16 16)
+    nearest = [torch.cdist(f.flatten(1).T, tokens).argmin(1).cpu() for f in f_hat]
+    return F.fold(torch.stack([patches[i].T for i in nearest]), 16 * grid, 16, stride=16)
+
+
 def main(argv=None):
     print("What the token O may look at in a 14 x 14 grid, 7 x 7 neighbors masked: . yes, # no")
     for y, line in enumerate(neighbor_mask(14, 14, 7).view(14, 14, 14, 14)[7, 7].tolist()):
