@@ -46,7 +46,7 @@ class ConvAutoencoder(nn.Module):
     Raises ValueError for an even kernel, and in `forward` for H, W not divisible by n 2^depth.
     """
 
-    def __init__(self, channels=1, depth=4, width=16, latent=16, kernel_size=3, patches=1):
+    def __init__(self, channels=1, depth=4, width=16, latent=8, kernel_size=3, patches=1):
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1:
             raise ValueError(f"kernel_size must be odd, to keep a layer's grid, got {kernel_size}")

@@ -144,11 +144,11 @@ def test_ssim_is_wang_et_al_s_definition_window_by_window():
 @pytest.mark.parametrize("name,amplify", [*itertools.product(BASE_LOSSES, (False, True))])
 def test_reconstruction_loss_sums_over_an_image_and_averages_over_the_batch(name, amplify):
     y, y_hat = torch.rand(2, 4, 3, 12, 12)
-    criterion, error = ReconstructionLoss(name, amplify, eps=0.2), BASE_LOSSES[name](y_hat, y)
+    criterion, error = ReconstructionLoss(name, amplify, 0.2, "image"), BASE_LOSSES[name](y_hat, y)
     each = [(lamp(e[None], 0.2) if amplify else e).sum() for e in error]
     close(criterion(y_hat, y), sum(each) / 4, 1e-4)
     close(criterion.base_error, error.sum() / 4, 1e-4)
-    alone = ReconstructionLoss(name, True, eps=0.2, log=False)(y_hat, y)        # Eq. 2, no log
+    alone = ReconstructionLoss(name, True, 0.2, "image", log=False)(y_hat, y)   # Eq. 2, no log
     close(alone, sum((e / e.max()).sum() * 0.8 for e in error) / 4, 1e-4)
 
 
@@ -371,8 +371,8 @@ def test_pull_is_the_ratio_of_squared_distances_to_the_nearest_training_image():
 
 
 def test_a_table_pairs_the_means_over_seeds_category_by_category():
-    values = {("3", 0): (0.5, 0.7), ("3", 1): (0.9, 0.9), ("5", 0): (0.6, 0.6), ("5", 1): (0.5, 0.7),
-              ("8", 0): (0.4, 0.6), ("8", 1): (0.6, 0.8)}
+    values = {("3", 0): (0.5, 0.7), ("5", 0): (0.6, 0.6), ("8", 0): (0.4, 0.6),
+              ("3", 1): (0.9, 0.9), ("5", 1): (0.5, 0.7), ("8", 1): (0.6, 0.8)}
     for ((normal, lamp), pair), seed in itertools.product(values.items(), (0, 1)):
         Path(f"r/{normal}{lamp}{seed}").mkdir(parents=True)
         Path(f"r/{normal}{lamp}{seed}/run.json").write_text(json.dumps({

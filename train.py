@@ -5,8 +5,8 @@
 
 The LAMP paper in one line: train on one class with an amplified loss, judge by the L2 error. `fit`
 is the whole of training; it steps on Eq. 1's sum divided by C H W, a constant, so that one learning
-rate and one gradient clip hold at every image size. Measured numbers stand in README.md, each with
-its command. On one CPU a command repeats to the last bit (same --threads); on a GPU, nearly.
+rate and one gradient clip hold at every image size. Measured numbers stand in README.md with their
+commands. On one CPU a command repeats to the last bit (same --threads); on a GPU, nearly.
 """
 import argparse
 import functools
@@ -45,12 +45,12 @@ SCHEDULES = {                                               # progress in [0, 1)
 UNIAD = dict(lr=4e-4, epochs=15, batch_size=8, optimizer="adamw", schedule="step", clip=0.1,
              weight_decay=1e-4, neighbors=7, jitter=20.0, query="layerwise")
 PLAIN = dict(neighbors=0, jitter=0.0, query="none")
-AE = dict(lr=1e-3, epochs=10, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
+AE = dict(lr=3e-3, epochs=8, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
           weight_decay=0.0, **PLAIN)
 DEFAULTS = {                                                # of options left unset, by model
-    "ae": AE, "pca": {**AE, "epochs": 0, "batch_size": 0}, "uniad": UNIAD, "cnn": {**UNIAD, **PLAIN},
-    "mlp": {**UNIAD, **PLAIN}, "transformer": {**UNIAD, **PLAIN, "query": "first"}}
-FEW_IMAGES, MANY_EPOCHS = ("digits", "mvtec", "folder"), 100    # hundreds, not thousands of images
+    "ae": AE, "pca": {**AE, "epochs": 0, "batch_size": 0}, "uniad": UNIAD,
+    "cnn": {**UNIAD, **PLAIN}, "mlp": {**UNIAD, **PLAIN},
+    "transformer": {**UNIAD, **PLAIN, "query": "first"}}
 RANGES = dict(                                              # smallest and largest value that works
     image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(1, 65536), kernel_size=(1, 99),
     patches=(1, 4096), neighbors=(0, 999), jitter=(0, 1e6), epochs=(1, 10 ** 6), clip=(0, 1e9),
@@ -58,6 +58,7 @@ RANGES = dict(                                              # smallest and large
     threads=(0, 1024), eval_every=(0, 10 ** 6), eps=(1e-6, 0.999), fpr=(1e-6, 0.999))
 PCA_RANGES = {**RANGES, "latent": (0, 65536), "epochs": (0, 0), "batch_size": (0, 0)}
 FITTING = "epochs batch_size lr optimizer schedule weight_decay clip exact_clip seed amp".split()
+YES_NO = argparse.BooleanOptionalAction
 FREE = "epochs eval_every pictures out data_dir cache_dir device threads resume overwrite".split()
 
 
@@ -143,14 +144,11 @@ def take_step(model, optim, loss, rate, clip, exact_clip, where):
 
 
 def print_epoch(history, epochs):
-    h, left = history[-1], epochs - len(history)
-    known = h.get("image_auroc") is not None
+    h, known = history[-1], history[-1].get("image_auroc") is not None
     auroc = f"   image AUROC {h['image_auroc']:.4f}" if known else ""
-    remaining = sum(e["seconds"] for e in history) / len(history) * left
-    keep = auroc or not left or not sys.stdout.isatty()     # on a terminal, others are overwritten
+    left = sum(e["seconds"] for e in history) / len(history) * (epochs - len(history))
     print(f"epoch {h['epoch']:>4}/{epochs}   loss {h['loss']:.5f}   base error "
-          f"{h['base_error']:.5f}{auroc}   {h['seconds']:.1f} s, {remaining:.0f} s left",
-          end="\n" if keep else "\r", flush=True)
+          f"{h['base_error']:.5f}{auroc}   {h['seconds']:.1f} s, {left:.0f} s left", flush=True)
 
 
 # ---- the command ----
@@ -164,9 +162,9 @@ def parse(argv):
     model_options(parser)
     run_options(parser)
     given = vars(parser.parse_args(argv))
-    few = given["model"] == "ae" and given["dataset"] in FEW_IMAGES
-    epochs = {"epochs": MANY_EPOCHS} if few else {}
-    return parser, complete({**DEFAULTS[given["model"]], **epochs, **given}, parser)
+    few = given["model"] == "ae" and given["dataset"] in ("digits", "mvtec", "folder")
+    many = {"epochs": 100} if few else {}                   # hundreds, not thousands of images
+    return parser, complete({**DEFAULTS[given["model"]], **many, **given}, parser)
 
 
 def unset(text, key=None):                                  # an option left out until `complete`
@@ -175,44 +173,39 @@ def unset(text, key=None):                                  # an option left out
 
 
 def model_options(parser):
-    yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS, default="digits", help="digits come with scikit-learn")
     add("--normal", **unset("classes (3 or 0,1,2; default 0) or categories (default all)"))
     add("--data-dir", default="data", help="where data sets are; for folder, the folder itself")
-    add("--image-size", type=int,
-        **unset("side in pixels (default: ae 32, or 128 for folders; others 224)"))
-    add("--validate", action="store_true", help="judge on a part of the training split, to choose "
-        "options by; the test set is not used")
+    add("--image-size", type=int, **unset("side (default: ae 32, of folders 128; others 224)"))
+    add("--validate", action="store_true", help="judge on a part of the training split instead")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=BASE_LOSSES, default="l2", help="base reconstruction loss")
     add("--lamp", action="store_true", help="amplify it: Eq. 1 and 2 of the LAMP paper")
-    add("--eps", type=float, default=0.1, help="Eq. 2's epsilon")
-    add("--over", choices=("image", "batch"), default="image", help="what Eq. 2's maximum is over")
-    add("--detach", action=yes_no, default=True, help="no gradient through Eq. 2's maximum")
-    add("--log", action=yes_no, default=True, help="--no-log: Eq. 2 without Eq. 1's logarithm")
+    add("--eps", type=float, default=0.5, help="Eq. 2's epsilon")
+    add("--over", choices=("image", "batch"), default="batch", help="what Eq. 2's maximum is over")
+    add("--detach", action=YES_NO, default=True, help="no gradient through Eq. 2's maximum")
+    add("--log", action=YES_NO, default=True, help="--no-log: Eq. 2 without Eq. 1's logarithm")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
     add("--depth", type=int, **unset("ae: layers a side (default: 4, or 6 from 128 pixels)"))
     add("--width", type=int, default=16, help="ae: filters of the first layer")
-    add("--latent", type=int, default=16, help="ae: channels of the code; pca: components")
+    add("--latent", type=int, default=8, help="ae: channels of the code; pca: components")
     add("--kernel-size", type=int, default=3, help="ae: side of the kernels, odd")
     add("--patches", type=int, default=1, help="ae: n, for n x n patches reconstructed apart")
     add("--backbone", choices=Backbone.NAMES, default="efficientnet_b4", help="others: frozen CNN")
     add("--backbone-weights", default="imagenet", help="imagenet, random, or a file (state dict)")
-    add("--standardize", action=yes_no, default=True, help="others: features, channel by channel")
+    add("--standardize", action=YES_NO, default=True, help="others: features, channel by channel")
     add("--neighbors", type=int, **unset("side of the neighbor mask, 0 for none", "neighbors"))
     add("--jitter", type=float, **unset("scale of the feature jitter, 0 for none", "jitter"))
     add("--query", choices=("layerwise", "first", "none"), **unset("learned queries", "query"))
-    add("--cache", action=yes_no, default=True, help="others: compute features once, keep them")
+    add("--cache", action=YES_NO, default=True, help="others: compute features once, keep them")
     add("--cache-dir", default="runs/features", help="where features are kept")
 
 
 def run_options(parser):
-    yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, **unset(f"(default: ae 10, or {MANY_EPOCHS} for digits and "
-                                      "folders; others 15)"))
+    add("--epochs", type=int, **unset("(default: ae 8, digits and folders 100; others 15)"))
     add("--batch-size", type=int, **unset("images a step", "batch_size"))
     add("--lr", type=float, **unset("learning rate", "lr"))
     add("--weight-decay", type=float, **unset("of the optimizer", "weight_decay"))
@@ -220,18 +213,17 @@ def run_options(parser):
     add("--exact-clip", action="store_true", help="scale small gradients up to --clip, too")
     add("--optimizer", choices=OPTIMIZERS, **unset("SGD has momentum .9", "optimizer"))
     add("--schedule", choices=SCHEDULES, **unset("of the learning rate", "schedule"))
-    add("--reestimate", action=yes_no, default=True, help="batch norm statistics before evaluating")
+    add("--reestimate", action=YES_NO, default=True, help="batch norm statistics before evaluating")
     add("--amp", action="store_true", help="bfloat16 where that is safe")
     add("--seed", type=int, default=0, help="weights, order, and the part set aside")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="first one there")
     add("--threads", type=int, default=0, help="CPU threads, 0 for all cores")
     add = parser.add_argument_group("evaluation and output").add_argument
-    add("--score", choices=("sum", "max", "mean", "std"),
-        **unset("image score (default: ae sum; others max for folders, else mean)"))
+    scores = dict(choices=("sum", "max", "mean", "std"))
+    add("--score", **scores, **unset("(default: ae sum; others max for folders, else mean)"))
     add("--fpr", type=float, default=0.05, help="false positive rate the threshold aims at")
-    add("--eval-every", type=int, **unset("epochs between evaluations, 0 for the end alone "
-                                          "(default: a tenth of the epochs)"))
-    add("--pictures", action=yes_no, default=True, help="draw curves and examples")
+    add("--eval-every", type=int, **unset("epochs, 0: at the end alone (default: a tenth of all)"))
+    add("--pictures", action=YES_NO, default=True, help="draw curves and examples")
     add("--out", **unset("folder of the run (default: runs/DATASET-NORMAL-MODEL-LOSS-sSEED)"))
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on where the run in --out stopped, or start")
@@ -390,21 +382,17 @@ def start_process(c):
     return torch.device(c["device"] + local), dist.get_rank()
 
 
-def run_each(lines):
-    """A run for each line of options, one after the other -> the largest exit status."""
-    status = 0
-    for line in lines:
-        try:
-            main(shlex.split(line))
-        except SystemExit as stop:
-            status = max(status, stop.code)
-    return status
+def status_of(line):
+    try:
+        main(shlex.split(line))
+    except SystemExit as stop:
+        return stop.code
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["--each"]:
-        raise SystemExit(run_each(argv[1:]))
+    if argv[:1] == ["--each"]:                              # several runs, importing torch once
+        raise SystemExit(max(map(status_of, argv[1:]), default=0))
     parser, config = parse(argv)
     try:
         status = run(config, shlex.join(["python", "train.py", *argv]))
