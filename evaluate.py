@@ -25,7 +25,7 @@ from data import Inputs, load, read_image, resize, to_float, to_inputs
 from lamp_loss import l2
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
-LAYOUT = 1                                                  # of model.pt; raise it with a change
+LAYOUT = 2                                                  # of model.pt; raise it with a change
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
 CURVES = ("image_auroc", "pixel_auroc", "normal_error", "anomaly_error")    # over the epochs
 IMAGE_MODELS = ("ae", "pca")                                # the others see features
@@ -33,9 +33,10 @@ MODELS = {                                                  # name: (config, inp
     "ae": lambda c, shape: ConvAutoencoder(
         shape[0], c["depth"], c["width"], c["latent"], c["kernel_size"], c["patches"]),
     "pca": lambda c, shape: PCA(shape[0], shape[1], c["latent"]),
-    "uniad": lambda c, shape: UniAD(
-        shape[0], shape[1], neighbors=c["neighbors"], jitter=c["jitter"], query=c["query"]),
-    "mlp": lambda c, shape: FeatureMLP(shape[0]), "cnn": lambda c, shape: FeatureCNN(shape[0]),
+    "uniad": lambda c, shape: UniAD(shape[0], shape[1], layers=c["depth"], jitter=c["jitter"],
+                                    neighbors=c["neighbors"], query=c["query"]),
+    "mlp": lambda c, shape: FeatureMLP(shape[0], layers=c["depth"]),
+    "cnn": lambda c, shape: FeatureCNN(shape[0], layers=c["depth"]),
 }
 MODELS["transformer"] = MODELS["uniad"]                     # with other defaults, in train.py
 LAMP_OPTIONS = ("eps", "over", "detach", "log")
@@ -175,13 +176,20 @@ def load_run(path, device="cpu"):
 
 
 @torch.no_grad()
-def pull(model, inputs, anomalies):
-    """How near anomalies (N, C, H, W) are brought to the normal, mean over up to 500 of them: the
-    squared distance of y_hat to its nearest training image over that of y; 1: not at all."""
-    y = inputs.prepare(anomalies[::-(-len(anomalies) // 500)].to(next(model.parameters()).device))
-    normal = inputs.prepare(inputs.train).flatten(1).to(y.device)
-    to_normal = [torch.cdist(v.flatten(1), normal).amin(1).square() for v in (model.eval()(y), y)]
-    return float((to_normal[0] / to_normal[1]).mean())
+def movement(model, inputs, labels):
+    """What reconstruction does to the test images -> (pull, spread), of up to 500 of a kind.
+
+    pull: how near it brings anomalies to the normal, the squared distance of y_hat to its nearest
+    training image over that of y, mean; 1: not at all. spread: variance of the normals' y_hat
+    over that of the normals; 0: the same picture whatever the input. None where a kind is missing.
+    """
+    device = next(model.parameters()).device
+    normals, bad = (inputs.test[labels == label] for label in (0, 1))
+    normals, bad = (inputs.prepare(x[::max(1, len(x) // 500)].to(device)) for x in (normals, bad))
+    train = inputs.prepare(inputs.train.to(device)).flatten(1)
+    near = [torch.cdist(v.flatten(1), train).amin(1).square() for v in (model.eval()(bad), bad)]
+    spread = model(normals).var(0).mean() / normals.var(0).mean() if len(normals) > 1 else None
+    return (float((near[0] / near[1]).mean()) if len(bad) else None, spread and float(spread))
 
 
 def judge(model, c, data, inputs):
@@ -198,8 +206,10 @@ def judge(model, c, data, inputs):
         mine = scores[data.labels == label]
         result[rate] = float((mine > limit).float().mean()) if len(mine) and len(held) else None
         result[error] = float(mine.mean()) if len(mine) else None
-    bad = inputs.test[data.labels == 1]
-    result["pull"] = pull(model, inputs, bad) if c["model"] in IMAGE_MODELS and len(bad) else None
+    if c["model"] in IMAGE_MODELS:
+        result["pull"], result["spread"] = movement(model, inputs, data.labels)
+    if (c["model"], c["depth"]) == ("mlp", 1):
+        result["from_identity"] = model.from_identity()
     return result, Judged(maps, scores, limit, scale)
 
 
@@ -256,21 +266,25 @@ def reconstruct(model, inputs, stored):
     return draw_tokens(y_hat, bank, to_float(inputs.images[some]))
 
 
-def draw_examples(path, model, inputs, images, stored, judged, labels=None, masks=None):
+def draw_examples(path, runs, images, stored, labels=None, masks=None):
     """Columns of input, reconstruction, error and mask (the paper's Fig. 4), on one color scale.
 
+    runs: {name: (model, inputs, judged)}, the first of which decides scale, order and verdicts.
     With labels: four normals, then four anomalies, from the smallest score to the largest.
     """
-    picked = torch.arange(len(images))
+    picked, judged = torch.arange(len(images)), next(iter(runs.values()))[2]
     if labels is not None:
         order = judged.scores.argsort()
         kinds = [order[labels[order] == label] for label in (0, 1)]
         picked = torch.cat([i[torch.linspace(0, len(i) - 1, min(4, len(i))).long()] for i in kinds])
     if not len(picked):
         return
-    rows = {"input": images[picked], "reconstruction": reconstruct(model, inputs, stored[picked]),
-            "error": judged.maps[picked], "mask": None if masks is None else masks[picked]}
-    rows, scales = {k: v for k, v in rows.items() if v is not None}, {"error": judged.scale}
+    rows, scales = {"input": images[picked]}, {}
+    for name, (model, inputs, own) in runs.items():
+        rows[f"{name}reconstruction"] = reconstruct(model, inputs, stored[picked])
+        rows[f"{name}error"], scales[f"{name}error"] = own.maps[picked], judged.scale
+    rows["mask"] = None if masks is None else masks[picked]
+    rows = {k: v for k, v in rows.items() if v is not None}
     figure = Figure((1.5 * len(picked) + 1, 1.7 * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), len(picked), squeeze=False)
     for line, (name, row) in zip(axes, rows.items()):
@@ -384,19 +398,20 @@ def summary(values, sign=""):
 
 
 def evaluate_run(run, data_dir, device):
-    """Numbers and pictures of a saved run; its scores reduced in all four ways."""
+    """Numbers and pictures of a saved run; its scores reduced in all four ways -> what was used."""
     state, model = load_run(run, device)
     c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
     data, inputs, _ = open_data(c, device, state["backbone"])
     metrics, judged = judge(model, c, data, inputs)
     record = {"command": f"python evaluate.py {run}", "config": c, "history": state["history"]}
     draw_curves(Path(run) / "curves.png", record, judged, data.labels)
-    draw_examples(Path(run) / "examples.png", model, inputs, data.test, inputs.test, judged,
-                  data.labels, data.masks)
+    draw_examples(Path(run) / "examples.png", {"": (model, inputs, judged)}, data.test,
+                  inputs.test, data.labels, data.masks)
     print(f"{run}\n{describe(metrics)}\nimage AUROC with each --score:")
     for how in ("sum", "max", "mean", "std"):
         m = measure(image_scores(judged.maps, how), None, data._replace(masks=None))
         print(f"{how:<20}{number(m['image_auroc']):>13}")
+    return data, (model, inputs, judged)
 
 
 def judge_files(run, files, device):
@@ -414,7 +429,7 @@ def judge_files(run, files, device):
     scores, limit = image_scores(maps, c["score"]), state.get("threshold")
     judged = Judged(maps, scores, limit, state.get("scale", 1))
     inputs = Inputs(None, None, None, prepare, None)
-    draw_examples(Path(run) / "judged.png", model, inputs, images[:40], images[:40], judged)
+    draw_examples(Path(run) / "judged.png", {"": (model, inputs, judged)}, images[:40], images[:40])
     for i, file in enumerate(files):
         print(f"{file}: score {scores[i]:.5g}, threshold {number(limit)}, {verdict(judged, i)}")
     print(f"wrote {run}/judged.png")
@@ -429,6 +444,7 @@ def main(argv=None):
     add("--rows", default="category", help="its rows: options joined by commas (default: category)")
     add("--metric", default="image_auroc", help="a table for each of these (default: image_auroc)")
     add("--picture", metavar="FILE", help="and draw it")
+    add("--compare", metavar="FILE", help="draw the same test images as each of RUNs sees them")
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     add("--device", default="cpu", help="default: cpu")
     args = parser.parse_args(argv)
@@ -441,9 +457,12 @@ def main(argv=None):
             if args.picture:
                 draw_table(args.picture, args.table, rows, metrics)
         else:
-            for run in args.runs:
-                work = judge_files if args.image else evaluate_run
-                work(run, args.image or args.data_dir, args.device)
+            work = judge_files if args.image else evaluate_run
+            seen = {run: work(run, args.image or args.data_dir, args.device) for run in args.runs}
+            if args.compare:
+                data, (_, inputs, _) = seen[args.runs[0]]
+                named = {f"{Path(run).name}\n": parts for run, (_, parts) in seen.items()}
+                draw_examples(args.compare, named, data.test, inputs.test, data.labels, data.masks)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     raise SystemExit(0)

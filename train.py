@@ -5,8 +5,7 @@
 
 The LAMP paper in one line: train on one class with an amplified loss, judge by the L2 error. `fit`
 is the whole of training; it steps on Eq. 1's sum divided by C H W, a constant, so that one learning
-rate and one gradient clip hold at every image size. Measured numbers stand in README.md with their
-commands. On one CPU a command repeats to the last bit (same --threads); on a GPU, nearly.
+rate and one clip hold at every size. On one CPU, a command repeats to the last bit; see README.md.
 """
 import argparse
 import functools
@@ -31,8 +30,22 @@ from data import DATASETS, to_float
 from lamp_loss import BASE_LOSSES, ReconstructionLoss
 from uniad import Backbone
 
+
+
+class NormalizedSGD(torch.optim.SGD):
+    """SGD on the gradient divided by its norm: as blind to the loss's scale as Adam, as a control."""
+
+    def step(self, closure=None):
+        parameters = self.param_groups[0]["params"]
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf)
+        for p in parameters:
+            p.grad /= norm
+        return super().step(closure)
+
+
 OPTIMIZERS = {
     "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
+    "normalized-sgd": lambda p, lr, wd: NormalizedSGD(p, lr, momentum=0.9, weight_decay=wd),
     "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr, weight_decay=wd),
     "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, fused=True),
     "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, fused=True),
@@ -43,13 +56,13 @@ SCHEDULES = {                                               # progress in [0, 1)
     "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
 }
 UNIAD = dict(lr=4e-4, epochs=15, batch_size=8, optimizer="adamw", schedule="step", clip=0.1,
-             weight_decay=1e-4, neighbors=7, jitter=20.0, query="layerwise")
+             weight_decay=1e-4, neighbors=7, jitter=20.0, query="layerwise", depth=4)
 PLAIN = dict(neighbors=0, jitter=0.0, query="none")
 AE = dict(lr=3e-3, epochs=8, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
           weight_decay=0.0, **PLAIN)
 DEFAULTS = {                                                # of options left unset, by model
     "ae": AE, "pca": {**AE, "epochs": 0, "batch_size": 0}, "uniad": UNIAD,
-    "cnn": {**UNIAD, **PLAIN}, "mlp": {**UNIAD, **PLAIN},
+    "cnn": {**UNIAD, **PLAIN, "depth": 6}, "mlp": {**UNIAD, **PLAIN, "depth": 5},
     "transformer": {**UNIAD, **PLAIN, "query": "first"}}
 RANGES = dict(                                              # smallest and largest value that works
     image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(1, 65536), kernel_size=(1, 99),
@@ -57,7 +70,7 @@ RANGES = dict(                                              # smallest and large
     batch_size=(1, 10 ** 6), lr=(1e-12, 1e3), weight_decay=(0, 10), seed=(0, 2 ** 63 - 1),
     threads=(0, 1024), eval_every=(0, 10 ** 6), eps=(1e-6, 0.999), fpr=(1e-6, 0.999))
 PCA_RANGES = {**RANGES, "latent": (0, 65536), "epochs": (0, 0), "batch_size": (0, 0)}
-FITTING = "epochs batch_size lr optimizer schedule weight_decay clip exact_clip seed amp".split()
+FITTING = "epochs batch_size lr optimizer schedule weight_decay clip seed amp".split()
 YES_NO = argparse.BooleanOptionalAction
 FREE = "epochs eval_every pictures out data_dir cache_dir device threads resume overwrite".split()
 
@@ -65,9 +78,8 @@ FREE = "epochs eval_every pictures out data_dir cache_dir device threads resume 
 # ---- the loop ----
 
 def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=1e-3,
-        optimizer="adam", schedule="cosine", weight_decay=0.0, clip=0.0, exact_clip=False, seed=0,
-        amp=False, prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {},
-        save=lambda state: None):
+        optimizer="adam", schedule="cosine", weight_decay=0.0, clip=0.0, seed=0, amp=False,
+        prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {}, save=lambda s: None):
     """Train model to reconstruct inputs (N, C, H, W), or to predict targets (N, ...) from them.
 
     criterion(x_hat, x) -> scalar, a sum over C, H, W; prepare: stored inputs -> the model's; an
@@ -92,8 +104,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             share = len(mine) * world / len(index)          # the processes' gradients are averaged
             loss = criterion(x_hat.float(), y) / y[0].numel() * share
             rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
-            where = f"epoch {epoch}, step {step + 1}"
-            take_step(model, optim, loss, rate, clip, exact_clip, where)
+            take_step(model, optim, loss, rate, clip, f"epoch {epoch}, step {step + 1}")
             base = float(getattr(criterion, "base_error", 0)) / y[0].numel() * share
             totals += torch.tensor([loss.item(), base]) * (len(index) / len(inputs) / world)
         if world > 1:
@@ -127,8 +138,8 @@ def draw_batches(n, size, generator, smallest):
     return batches
 
 
-def take_step(model, optim, loss, rate, clip, exact_clip, where):
-    """One update at learning rate `rate`, gradient norm at most `clip`, or just that; 0: as is."""
+def take_step(model, optim, loss, rate, clip, where):
+    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
                                  f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
@@ -137,9 +148,7 @@ def take_step(model, optim, loss, rate, clip, exact_clip, where):
     optim.zero_grad()
     loss.backward()
     if clip:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if exact_clip else clip)
-        for p in model.parameters() if exact_clip else ():
-            p.grad *= clip / norm
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
     optim.step()
 
 
@@ -188,7 +197,7 @@ def model_options(parser):
     add("--log", action=YES_NO, default=True, help="--no-log: Eq. 2 without Eq. 1's logarithm")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
-    add("--depth", type=int, **unset("ae: layers a side (default: 4, or 6 from 128 pixels)"))
+    add("--depth", type=int, **unset("layers (default: ae 4, from 128 pixels 6; mlp 5; cnn 6)"))
     add("--width", type=int, default=16, help="ae: filters of the first layer")
     add("--latent", type=int, default=8, help="ae: channels of the code; pca: components")
     add("--kernel-size", type=int, default=3, help="ae: side of the kernels, odd")
@@ -210,7 +219,6 @@ def run_options(parser):
     add("--lr", type=float, **unset("learning rate", "lr"))
     add("--weight-decay", type=float, **unset("of the optimizer", "weight_decay"))
     add("--clip", type=float, **unset("largest gradient norm, 0 for any", "clip"))
-    add("--exact-clip", action="store_true", help="scale small gradients up to --clip, too")
     add("--optimizer", choices=OPTIMIZERS, **unset("SGD has momentum .9", "optimizer"))
     add("--schedule", choices=SCHEDULES, **unset("of the learning rate", "schedule"))
     add("--reestimate", action=YES_NO, default=True, help="batch norm statistics before evaluating")
@@ -315,8 +323,8 @@ def finish(c, model, data, inputs, save, state, command, started):
     (out / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if c["pictures"]:
         ev.draw_curves(out / "curves.png", record, judged, data.labels)
-        ev.draw_examples(out / "examples.png", model, inputs, data.test, inputs.test, judged,
-                         data.labels, data.masks)
+        ev.draw_examples(out / "examples.png", {"": (model, inputs, judged)}, data.test,
+                         inputs.test, data.labels, data.masks)
     print_result(record, out)
 
 

@@ -320,6 +320,12 @@ class FeatureMLP(nn.Module):
     def forward(self, features):
         return self.layers(features.movedim(1, -1)).movedim(-1, 1)
 
+    def from_identity(self):
+        """|W - I| / |I| of the one layer (Frobenius norm): 0 is the shortcut; about 1, no trace."""
+        weight = self.layers[0].weight.detach()
+        eye = torch.eye(len(weight), device=weight.device)
+        return float((weight - eye).norm() / eye.norm())
+
 
 class FeatureCNN(nn.Module):
     """3x3 convolutions, (B, C, g, g) -> (B, C, g, g). A 1x1 kernel is a fully connected layer, and
