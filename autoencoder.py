@@ -95,7 +95,8 @@ class PCA(nn.Module):
         count = len(self.components)
         if count > min(len(y), len(self.mean)):
             raise ValueError(f"{count} components of {len(y)} images with {len(self.mean)} values")
-        pca = decomposition.PCA(count, svd_solver="covariance_eigh").fit(y.flatten(1).cpu())
+        solver = "covariance_eigh" if len(y) > len(self.mean) else "full"       # the smaller matrix
+        pca = decomposition.PCA(count, svd_solver=solver).fit(y.flatten(1).cpu())
         self.mean.copy_(torch.from_numpy(pca.mean_))
         self.components.copy_(torch.from_numpy(pca.components_))
 

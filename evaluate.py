@@ -181,15 +181,17 @@ def movement(model, inputs, labels):
 
     pull: how near it brings anomalies to the normal, the squared distance of y_hat to its nearest
     training image over that of y, mean; 1: not at all. spread: variance of the normals' y_hat
-    over that of the normals; 0: the same picture whatever the input. None where a kind is missing.
+    over that of the normals; 0: the same picture whatever the input. None where not defined.
     """
-    device = next(model.parameters()).device
-    normals, bad = (inputs.test[labels == label] for label in (0, 1))
-    normals, bad = (inputs.prepare(x[::max(1, len(x) // 500)].to(device)) for x in (normals, bad))
+    def ratio(a, b):
+        return float((a[b > 0] / b[b > 0]).mean()) if (b > 0).any() else None
+    device, pairs = next(model.parameters()).device, []
+    for x in (inputs.test[labels == label] for label in (1, 0)):
+        y = [inputs.prepare(part.to(device)) for part in x[::max(1, -(-len(x) // 500))].split(64)]
+        pairs.append([torch.cat(v).flatten(1) for v in ([model.eval()(part) for part in y], y)])
     train = inputs.prepare(inputs.train.to(device)).flatten(1)
-    near = [torch.cdist(v.flatten(1), train).amin(1).square() for v in (model.eval()(bad), bad)]
-    spread = model(normals).var(0).mean() / normals.var(0).mean() if len(normals) > 1 else None
-    return (float((near[0] / near[1]).mean()) if len(bad) else None, spread and float(spread))
+    near = [torch.cdist(v, train).amin(1).square() for v in pairs[0]]
+    return ratio(*near), ratio(*(v.var(0).mean() for v in pairs[1]))
 
 
 def judge(model, c, data, inputs):
@@ -266,7 +268,7 @@ def reconstruct(model, inputs, stored):
     return draw_tokens(y_hat, bank, to_float(inputs.images[some]))
 
 
-def draw_examples(path, runs, images, stored, labels=None, masks=None):
+def draw_examples(path, runs, images, labels=None, masks=None):
     """Columns of input, reconstruction, error and mask (the paper's Fig. 4), on one color scale.
 
     runs: {name: (model, inputs, judged)}, the first of which decides scale, order and verdicts.
@@ -281,7 +283,7 @@ def draw_examples(path, runs, images, stored, labels=None, masks=None):
         return
     rows, scales = {"input": images[picked]}, {}
     for name, (model, inputs, own) in runs.items():
-        rows[f"{name}reconstruction"] = reconstruct(model, inputs, stored[picked])
+        rows[f"{name}reconstruction"] = reconstruct(model, inputs, inputs.test[picked])
         rows[f"{name}error"], scales[f"{name}error"] = own.maps[picked], judged.scale
     rows["mask"] = None if masks is None else masks[picked]
     rows = {k: v for k, v in rows.items() if v is not None}
@@ -317,20 +319,24 @@ def read_results(folder, rows, metric):
     cells = defaultdict(lambda: [defaultdict(list), defaultdict(list)])
     runs = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("run.json"))]
     for run in (r for r in runs if len(r["history"]) >= r["config"]["epochs"]):     # whole ones
-        c, each = {**run["metrics"], **run["config"]}, run["metrics"]["categories"].items()
-        if "epoch" in rows:
-            c, each = run["config"], [(run["config"]["normal"], h) for h in run["history"]]
-        setting = "unified" if c["normal"] == "all" or "," in c["normal"] else "separate"
+        c, each = {"log": True, **run["config"]}, run["metrics"]["categories"].items()
+        if "epoch" in rows or metric not in METRICS:
+            points = run["history"] if "epoch" in rows else [run["metrics"]]
+            each = [(c["normal"], point) for point in points]
+        c["setting"] = "unified" if c["normal"] == "all" or "," in c["normal"] else "separate"
         for category, values in each:
-            c = {**c, **values, "category": category, "setting": setting}
-            row = tuple(None if k in LAMP_OPTIONS and not c["lamp"] else c[k] for k in rows)
-            if c[metric] is not None:
-                cells[row][c["lamp"]][category].append(c[metric])
+            known = {**values, **c, "category": category}
+            if unknown := {*rows} - {*known}:
+                raise ValueError(f"--rows: no {', '.join(unknown)} in {c['out']}/run.json")
+            row = tuple(None if k in LAMP_OPTIONS and not c["lamp"] else known[k] for k in rows)
+            if values.get(metric) is not None:
+                cells[row][c["lamp"]][category].append(values[metric])
     if not cells:
         raise ValueError(f"{folder}: no run.json of a finished run with {metric} below it")
     for row, cell in [*cells.items()]:
         plain = tuple(None if k in LAMP_OPTIONS else v for k, v in zip(rows, row))
-        cell[0] = cell[0] or (cells[plain][0] if plain in cells else {})
+        if not cell[0] and plain in cells:
+            cell[0] = {k: v for k, v in cells[plain][0].items() if k in cell[1]}
     return {row: [{k: float(np.mean(v)) for k, v in side.items()} for side in cells[row]]
             for row in sorted(cells, key=lambda r: [(isinstance(v, str), v or 0) for v in r])}
 
@@ -372,21 +378,26 @@ def draw_table(path, folder, rows, metrics):
     *panels, last = figure.subplots(1, len(metrics) + 1)
     for panel, metric in zip(panels, metrics):
         cells = read_results(folder, rows, metric)
+        xs = dict.fromkeys(row[0] for row in cells)
+        place = {x: x if len({*map(type, xs)}) == 1 else str(x) for x in xs}
         for rest in dict.fromkeys(row[1:] for row in cells):
-            mine = {row[0]: cell for row, cell in cells.items() if row[1:] == rest}
+            mine = {place[row[0]]: cell for row, cell in cells.items() if row[1:] == rest}
             for side, name in enumerate(("base loss", "LAMP")):
                 means = [np.mean([*cell[side].values()] or math.nan) for cell in mine.values()]
                 name = " ".join(map(str, (name, *rest)))
                 panel.plot([*mine], means, "so"[side] + "-", label=name)
-            d = [differences(*cell) for cell in mine.values()]
-            if panel is panels[0] and min(map(len, d)) > 1:
-                last.errorbar([*mine], [*map(np.mean, d)], [*map(interval, d)], capsize=3)
+            pairs = {x: d for x, cell in mine.items() if len(d := differences(*cell)) > 1}
+            if panel is panels[0] and pairs:
+                last.errorbar([*pairs], [*map(np.mean, pairs.values())],
+                              [*map(interval, pairs.values())], capsize=3)
         panel.set(xlabel=rows[0], title=metric.replace("_", " "))
     panels[0].legend(fontsize=7)
     last.axhline(0, color="black", linewidth=0.8)
     last.set(xlabel=rows[0], title=f"{metrics[0].replace('_', ' ')}: LAMP - base loss")
-    for panel in (*panels, last) if rows[0] in ("latent", "batch_size", "lr") else ():
-        panel.set_xscale("log", base=2)
+    if rows[0] in ("latent", "batch_size", "lr") and min(xs) > 0:
+        for panel in (*panels, last):
+            panel.set_xscale("log", base=2)
+            panel.set_xticks([*xs], [*xs])
     figure.savefig(path, dpi=110)
 
 
@@ -406,7 +417,7 @@ def evaluate_run(run, data_dir, device):
     record = {"command": f"python evaluate.py {run}", "config": c, "history": state["history"]}
     draw_curves(Path(run) / "curves.png", record, judged, data.labels)
     draw_examples(Path(run) / "examples.png", {"": (model, inputs, judged)}, data.test,
-                  inputs.test, data.labels, data.masks)
+                  data.labels, data.masks)
     print(f"{run}\n{describe(metrics)}\nimage AUROC with each --score:")
     for how in ("sum", "max", "mean", "std"):
         m = measure(image_scores(judged.maps, how), None, data._replace(masks=None))
@@ -428,8 +439,8 @@ def judge_files(run, files, device):
     maps = anomaly_maps(model, images, side, prepare)
     scores, limit = image_scores(maps, c["score"]), state.get("threshold")
     judged = Judged(maps, scores, limit, state.get("scale", 1))
-    inputs = Inputs(None, None, None, prepare, None)
-    draw_examples(Path(run) / "judged.png", {"": (model, inputs, judged)}, images[:40], images[:40])
+    inputs = Inputs(None, None, images, prepare, None)
+    draw_examples(Path(run) / "judged.png", {"": (model, inputs, judged)}, images[:40])
     for i, file in enumerate(files):
         print(f"{file}: score {scores[i]:.5g}, threshold {number(limit)}, {verdict(judged, i)}")
     print(f"wrote {run}/judged.png")
@@ -439,12 +450,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="numbers and pictures of these runs, anew")
-    add("--image", nargs="+", metavar="FILE", help="judge these images by the threshold of RUN")
-    add("--table", metavar="FOLDER", help="print a Markdown table of all runs below this folder")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--image", nargs="+", metavar="FILE", help="judge these images by the threshold of RUN")
+    one("--compare", metavar="FILE", help="draw the same test images as each of RUNs sees them")
+    one("--table", metavar="FOLDER", help="print a Markdown table of all runs below this folder")
     add("--rows", default="category", help="its rows: options joined by commas (default: category)")
     add("--metric", default="image_auroc", help="a table for each of these (default: image_auroc)")
     add("--picture", metavar="FILE", help="and draw it")
-    add("--compare", metavar="FILE", help="draw the same test images as each of RUNs sees them")
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     add("--device", default="cpu", help="default: cpu")
     args = parser.parse_args(argv)
@@ -460,9 +472,11 @@ def main(argv=None):
             work = judge_files if args.image else evaluate_run
             seen = {run: work(run, args.image or args.data_dir, args.device) for run in args.runs}
             if args.compare:
-                data, (_, inputs, _) = seen[args.runs[0]]
-                named = {f"{Path(run).name}\n": parts for run, (_, parts) in seen.items()}
-                draw_examples(args.compare, named, data.test, inputs.test, data.labels, data.masks)
+                data, _ = seen[args.runs[0]]
+                if not all(torch.equal(data.test, other.test) for other, _ in seen.values()):
+                    raise ValueError("--compare: these runs have different test images")
+                named = {f"{run}\n": parts for run, (_, parts) in seen.items()}
+                draw_examples(args.compare, named, data.test, data.labels, data.masks)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     raise SystemExit(0)

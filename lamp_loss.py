@@ -99,7 +99,7 @@ class ReconstructionLoss(nn.Module):
     """A training loss: base error, amplified or not, summed over C, H, W (Eq. 1), mean over B.
 
     loss: "l1", "l2" or "ssim"; lamp: amplify it; eps, over, detach: see `scale`; log: False takes
-    Eq. 2 alone, without Eq. 1's logarithm, as a control: what does the weighting of images do?
+    Eq. 2 alone, without Eq. 1's logarithm, as a control: is it the scaling or the logarithm?
     forward(y_hat, y): two (B, C, H, W) -> scalar. `base_error` then holds the loss before
     amplification, a detached scalar reduced alike. Raises ValueError for an unknown loss.
     """

