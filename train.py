@@ -64,6 +64,7 @@ DEFAULTS = {                                                # of options left un
     "ae": AE, "pca": {**AE, "epochs": 0, "batch_size": 0}, "uniad": UNIAD,
     "cnn": {**UNIAD, **PLAIN, "depth": 6}, "mlp": {**UNIAD, **PLAIN, "depth": 5},
     "transformer": {**UNIAD, **PLAIN, "query": "first"}}
+FEW_IMAGES = dict(lr=1e-3, epochs=100, latent=16)           # ae: hundreds, not thousands
 RANGES = dict(                                              # smallest and largest value that works
     image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(1, 65536), kernel_size=(1, 99),
     patches=(1, 4096), neighbors=(0, 999), jitter=(0, 1e6), epochs=(1, 10 ** 6), clip=(0, 1e9),
@@ -172,8 +173,8 @@ def parse(argv):
     run_options(parser)
     given = vars(parser.parse_args(argv))
     few = given["model"] == "ae" and given["dataset"] in ("digits", "mvtec", "folder")
-    many = {"epochs": 100} if few else {}                   # hundreds, not thousands of images
-    return parser, complete({**DEFAULTS[given["model"]], **many, **given}, parser)
+    first = {**DEFAULTS[given["model"]], **(FEW_IMAGES if few else {})}
+    return parser, complete({**first, **given}, parser)
 
 
 def unset(text, key=None):                                  # an option left out until `complete`
@@ -199,7 +200,7 @@ def model_options(parser):
     add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
     add("--depth", type=int, **unset("layers (ae 4, from 128 pixels 6; uniad 4, mlp 5, cnn 6)"))
     add("--width", type=int, default=16, help="ae: filters of the first layer")
-    add("--latent", type=int, default=8, help="ae: channels of the code; pca: components")
+    add("--latent", type=int, **unset("channels of ae's code (8, few images 16); pca: components"))
     add("--kernel-size", type=int, default=3, help="ae: side of the kernels, odd")
     add("--patches", type=int, default=1, help="ae: n, for n x n patches reconstructed apart")
     add("--backbone", choices=Backbone.NAMES, default="efficientnet_b4", help="others: frozen CNN")
@@ -216,7 +217,7 @@ def run_options(parser):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, **unset("(default: ae 8, digits and folders 100; others 15)"))
     add("--batch-size", type=int, **unset("images a step", "batch_size"))
-    add("--lr", type=float, **unset("learning rate", "lr"))
+    add("--lr", type=float, **unset("(default: ae 3e-3, digits and folders 1e-3; others 4e-4)"))
     add("--weight-decay", type=float, **unset("of the optimizer", "weight_decay"))
     add("--clip", type=float, **unset("largest gradient norm, 0 for any", "clip"))
     add("--optimizer", choices=OPTIMIZERS, **unset("SGD has momentum .9", "optimizer"))
@@ -243,6 +244,7 @@ def complete(c, parser):
     folders, is_ae = c["dataset"] in ("mvtec", "folder"), c["model"] in ev.IMAGE_MODELS
     c.setdefault("normal", "all" if folders else "0")
     c.setdefault("image_size", (128 if folders else 32) if is_ae else 224)
+    c.setdefault("latent", 8)
     c.setdefault("depth", 4 if c["image_size"] < 128 else 6)
     c.setdefault("eval_every", max(1, c["epochs"] // 10))
     c.setdefault("score", "sum" if is_ae else "max" if folders else "mean")
