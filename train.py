@@ -31,7 +31,6 @@ from lamp_loss import BASE_LOSSES, ReconstructionLoss
 from uniad import Backbone
 
 
-
 class NormalizedSGD(torch.optim.SGD):
     """SGD on the gradient over its norm: as blind to the loss's scale as Adam is; a control."""
 
@@ -349,9 +348,7 @@ def run(c, command):
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before one writes
     data, inputs, backbone = ev.open_data(c, device, state and state["backbone"])
-    n, held, bad = len(data.train), len(inputs.held), int(data.labels.sum())
-    print(f"{n} normal ({n - held} train, {held} threshold), 0 anomalous (by design); test "
-          f"{len(data.labels) - bad} normal, {bad} anomalous")
+    print_sizes(data, inputs)
     shape = list(inputs.prepare(inputs.train[:1].to(device)).shape[1:])
     torch.manual_seed(c["seed"] + rank)                     # own noise; all get rank 0's weights
     model = ev.MODELS[c["model"]](c, shape).to(device)
@@ -378,6 +375,12 @@ def run(c, command):
         model.load_state_dict(trained.state_dict())
         finish(c, model, data, inputs, save, state, command, started)
     return status
+
+
+def print_sizes(data, inputs):
+    n, held, bad = len(data.train), len(inputs.held), int(data.labels.sum())
+    print(f"{n} normal ({n - held} train, {held} threshold), 0 anomalous (by design); test "
+          f"{len(data.labels) - bad} normal, {bad} anomalous")
 
 
 def start_process(c):
