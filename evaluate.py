@@ -345,13 +345,38 @@ def differences(plain, lamp):
     return [lamp[name] - plain[name] for name in lamp if name in plain]
 
 
-def table(folder, rows=("category",), metric="image_auroc", paper="results/paper.json"):
+def best_of(folder, rows, metric, options, elsewhere):
+    """As read_results, but of the runs that differ in `options` the best one, of plain and LAMP
+    apart: the best on the category itself, as the paper has it, or (`elsewhere`) the one with the
+    best mean over the other categories, which can be known before the category is judged."""
+    keys = tuple(k for k in rows if k != "category")
+    found = read_results(folder, (*keys, *options), metric)
+    cells = defaultdict(lambda: [{}, {}])
+    for row, side in [(row[:len(keys)], side) for row in found for side in (0, 1)]:
+        tried = [cell[side] for r, cell in found.items() if r[:len(keys)] == row]
+        for category in dict.fromkeys(name for values in tried for name in values):
+            def known(values):
+                seen = [v for name, v in values.items() if (name != category) == elsewhere]
+                return np.mean(seen) if seen else -math.inf
+            best = max((values for values in tried if category in values), key=known)
+            if known(best) == -math.inf:
+                raise ValueError(f"--elsewhere: {folder} holds no other category than {category}")
+            named = dict(zip(keys, row), category=category)
+            cells[tuple(named[k] for k in rows)][side][category] = best[category]
+    return cells
+
+
+def table(folder, rows=("category",), metric="image_auroc", best=(), elsewhere=False,
+          paper="results/paper.json"):
     """Markdown, a row for each value of the options `rows`: base loss, LAMP, paired difference.
 
-    Means over categories (of means over all runs that `rows` does not tell apart), 95 % intervals
-    over categories; wins with the exact sign test; in parentheses paper.json's number, if any.
+    Means over categories (of means over all runs that `rows` does not tell apart, or of the best
+    of those that differ in the options `best`), 95 % intervals over categories; wins with the
+    exact sign test; in parentheses paper.json's number, if any.
     """
     cells, known = read_results(folder, rows, metric), {}
+    if best:
+        cells = best_of(folder, rows, metric, best, elsewhere)
     if rows == ("category",):
         cells["mean",] = [{c: v for row in cells for c, v in cells[row][k].items()} for k in (0, 1)]
     for n in json.loads(Path(paper).read_text()) if Path(paper).exists() else ():
@@ -456,6 +481,8 @@ def main(argv=None):
     one("--table", metavar="FOLDER", help="print a Markdown table of all runs below this folder")
     add("--rows", default="category", help="its rows: options joined by commas (default: category)")
     add("--metric", default="image_auroc", help="a table for each of these (default: image_auroc)")
+    add("--best", metavar="OPTIONS", help="of the runs that differ in these, the best one")
+    add("--elsewhere", action="store_true", help="best on all other categories, not on its own")
     add("--picture", metavar="FILE", help="and draw it")
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     add("--device", default="cpu", help="default: cpu")
@@ -465,7 +492,9 @@ def main(argv=None):
     try:
         if args.table:
             rows, metrics = tuple(args.rows.split(",")), args.metric.split(",")
-            print("\n\n".join(table(args.table, rows, metric) for metric in metrics))
+            best = tuple(args.best.split(",")) if args.best else ()
+            print("\n\n".join(table(args.table, rows, metric, best, args.elsewhere)
+                              for metric in metrics))
             if args.picture:
                 draw_table(args.picture, args.table, rows, metrics)
         else:

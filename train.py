@@ -315,7 +315,8 @@ def finish(c, model, data, inputs, save, state, command, started):
     history, out = state["history"], Path(c["out"])
     seconds = sum(h["seconds"] for h in history)
     metrics.update(train_seconds=round(seconds, 2), images_per_second=round(
-        len(inputs.train) * len(history) / max(seconds, 1e-9), 1))
+        len(inputs.train) * len(history) / max(seconds, 1e-9), 1),
+        parameters=sum(p.numel() for p in model.parameters()))
     if history:
         history[-1].update({key: metrics[key] for key in ev.CURVES})
     save({**state, "threshold": metrics["threshold"], "scale": judged.scale})
