@@ -397,14 +397,16 @@ def table(folder, rows=("category",), metric="image_auroc", best=(), elsewhere=F
 
 
 def draw_table(path, folder, rows, metrics):
-    """Tables as a picture: a panel for each metric over the first of `rows`; the last one holds
-    LAMP minus base loss of the first metric, with its interval over categories."""
-    figure = Figure(figsize=(4.2 * len(metrics) + 4.2, 3.6), layout="constrained")
-    *panels, last = figure.subplots(1, len(metrics) + 1)
-    for panel, metric in zip(panels, metrics):
-        cells = read_results(folder, rows, metric)
-        xs = dict.fromkeys(row[0] for row in cells)
-        place = {x: x if len({*map(type, xs)}) == 1 else str(x) for x in xs}
+    """Tables as a picture: a panel for each metric over the first of `rows`; where there is LAMP,
+    one more: LAMP minus base loss of the first metric, with its interval over categories."""
+    tables = [read_results(folder, rows, metric) for metric in metrics]
+    gains = {row: d for row, cell in tables[0].items() if len(d := differences(*cell)) > 1}
+    titles = [*metrics, *[f"{metrics[0]}: LAMP - base loss"] * bool(gains)]
+    figure = Figure(figsize=(4.2 * len(titles), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
+    xs = dict.fromkeys(row[0] for row in tables[0])
+    place = {x: x if len({*map(type, xs)}) == 1 else str(x) for x in xs}
+    for panel, cells in zip(panels, tables):
         for rest in dict.fromkeys(row[1:] for row in cells):
             mine = {place[row[0]]: cell for row, cell in cells.items() if row[1:] == rest}
             plain = tuple(None if k in LAMP_OPTIONS else v for k, v in zip(rows[1:], rest))
@@ -415,18 +417,18 @@ def draw_table(path, folder, rows, metrics):
                     name = " ".join([name, *(str(v) for v in rest if v is not None)])
                     color = panel.plot([*means], [*means.values()], "so"[side] + "-",
                                        label=name)[0].get_color()
-            pairs = {x: d for x, cell in mine.items() if len(d := differences(*cell)) > 1}
+            pairs = {place[row[0]]: d for row, d in gains.items() if row[1:] == rest}
             if panel is panels[0] and pairs:
-                last.errorbar([*pairs], [*map(np.mean, pairs.values())],
-                              [*map(interval, pairs.values())], capsize=3, color=color)
-        panel.set(xlabel=rows[0], title=metric.replace("_", " "))
-    panels[0].legend(fontsize=7)
-    last.axhline(0, color="black", linewidth=0.8)
-    last.set(xlabel=rows[0], title=f"{metrics[0].replace('_', ' ')}: LAMP - base loss")
-    if rows[0] in ("latent", "batch_size", "lr") and min(xs) > 0:
-        for panel in (*panels, last):
+                panels[-1].errorbar([*pairs], [*map(np.mean, pairs.values())],
+                                    [*map(interval, pairs.values())], capsize=3, color=color)
+    for panel, title in zip(panels, titles):
+        panel.set(xlabel=rows[0], title=title.replace("_", " "))
+        if rows[0] in ("latent", "batch_size", "lr") and min(xs) > 0:
             panel.set_xscale("log", base=2)
             panel.set_xticks([*xs], [*xs])
+    panels[0].legend(fontsize=7)
+    if gains:
+        panels[-1].axhline(0, color="black", linewidth=0.8)
     figure.savefig(path, dpi=110)
 
 
