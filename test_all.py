@@ -593,7 +593,7 @@ def test_a_last_batch_too_small_for_batch_norm_joins_the_one_before():
 
 
 @pytest.mark.parametrize("options", (f"{TINY} --lamp", f"{TINY} --amp --optimizer rmsprop",
-                                     UNIAD, f"{UNIAD} --amp --query first"))
+                                     UNIAD, f"{UNIAD} --depth 2 --amp --query first"))
 def test_resumed_training_equals_uninterrupted_training_to_the_last_bit(options):
     make_folder()
     for rest in ("--epochs 2 --out whole", "--epochs 2 --out again --eval-every 0",
