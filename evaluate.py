@@ -407,20 +407,20 @@ def draw_table(path, folder, rows, metrics):
     xs = dict.fromkeys(row[0] for row in tables[0])
     place = {x: x if len({*map(type, xs)}) == 1 else str(x) for x in xs}
     for panel, cells in zip(panels, tables):
-        for rest in dict.fromkeys(row[1:] for row in cells):
+        groups = dict.fromkeys(row[1:] for row in cells)
+        for rest in groups:
             mine = {place[row[0]]: cell for row, cell in cells.items() if row[1:] == rest}
             plain = tuple(None if k in LAMP_OPTIONS else v for k, v in zip(rows[1:], rest))
             for side, name in enumerate(("base loss", "LAMP")):
-                means = {x: np.mean([*cell[side].values()]) for x, cell in mine.items()
-                         if cell[side]}
-                if means and (side or plain == rest or not any(row[1:] == plain for row in cells)):
+                means = {x: np.mean([*c[side].values()]) for x, c in mine.items() if c[side]}
+                if means and (side or plain == rest or plain not in groups):    # base loss once
                     name = " ".join([name, *(str(v) for v in rest if v is not None)])
-                    color = panel.plot([*means], [*means.values()], "so"[side] + "-",
-                                       label=name)[0].get_color()
+                    line, = panel.plot([*means], [*means.values()], "so"[side] + "-", label=name)
             pairs = {place[row[0]]: d for row, d in gains.items() if row[1:] == rest}
             if panel is panels[0] and pairs:
                 panels[-1].errorbar([*pairs], [*map(np.mean, pairs.values())],
-                                    [*map(interval, pairs.values())], capsize=3, color=color)
+                                    [*map(interval, pairs.values())], capsize=3,
+                                    color=line.get_color())
     for panel, title in zip(panels, titles):
         panel.set(xlabel=rows[0], title=title.replace("_", " "))
         if rows[0] in ("latent", "batch_size", "lr") and min(xs) > 0:
