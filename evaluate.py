@@ -290,7 +290,7 @@ def draw_examples(path, runs, images, labels=None, masks=None):
     figure = Figure((1.5 * len(picked) + 1, 1.7 * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), len(picked), squeeze=False)
     for line, (name, row) in zip(axes, rows.items()):
-        line[0].set_ylabel(name)
+        line[0].set_ylabel(name.replace("/", "/\n"), fontsize=7)     # of runs, a folder a line
         for axis, x in zip(line, row):
             x = to_float(x).movedim(0, -1).clamp(0, 1).expand(-1, -1, 3) if x.dim() == 3 else x
             axis.imshow(x.numpy(), cmap="inferno", vmin=0, vmax=scales.get(name, 1))
