@@ -245,9 +245,8 @@ def draw_curves(path, record, judged, labels):
         axes[3].plot(*sk.roc_curve(labels, judged.scores)[:2])
         axes[3].set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
         kinds = [judged.scores[labels == label].numpy() for label in (0, 1)]
-        bins = np.linspace(0, float(judged.scores.quantile(0.99)), 50)
-        axes[4].hist(kinds, bins, density=True, histtype="stepfilled", alpha=0.6,
-                     label=["normal", "anomalous"])
+        axes[4].hist(kinds, np.linspace(0, float(judged.scores.quantile(0.99)), 50), density=True,
+                     histtype="stepfilled", alpha=0.6, label=["normal", "anomalous"])
         axes[4].axvline(judged.threshold or math.nan, color="black", label="threshold")
         axes[4].set(xlabel="anomaly score", yticks=[], title="test images")
         axes[4].legend(fontsize=7)
@@ -312,10 +311,10 @@ def interval(values, level=0.95):
     return float(stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1))
 
 
-def read_results(folder, rows, metric):
+def read_results(folder, rows, metric, unit="category"):
     """All run.json below a folder -> {values of the options `rows`: [of plain runs, of LAMP's]},
-    each {category: mean over seeds}; with "epoch" in rows, values of the history. LAMP's own
-    options are None for a plain run, which is the partner of all of LAMP's readings."""
+    each {category: mean over seeds}, or with unit "seed" {seed: mean over categories}; with "epoch"
+    in rows, of the history. LAMP's options are None for a plain run, all readings' partner."""
     cells = defaultdict(lambda: [defaultdict(list), defaultdict(list)])
     runs = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("run.json"))]
     for run in (r for r in runs if len(r["history"]) >= r["config"]["epochs"]):     # whole ones
@@ -330,7 +329,7 @@ def read_results(folder, rows, metric):
                 raise ValueError(f"--rows: no {', '.join(unknown)} in {c['out']}/run.json")
             row = tuple(None if k in LAMP_OPTIONS and not c["lamp"] else known[k] for k in rows)
             if values.get(metric) is not None:
-                cells[row][c["lamp"]][category].append(values[metric])
+                cells[row][c["lamp"]][known[unit]].append(values[metric])
     if not cells:
         raise ValueError(f"{folder}: no run.json of a finished run with {metric} below it")
     for row, cell in [*cells.items()]:
@@ -367,17 +366,17 @@ def best_of(folder, rows, metric, options, elsewhere):
 
 
 def table(folder, rows=("category",), metric="image_auroc", best=(), elsewhere=False,
-          paper="results/paper.json"):
+          unit="category", paper="results/paper.json"):
     """Markdown, a row for each value of the options `rows`: base loss, LAMP, paired difference.
 
     Means over categories (of means over all runs that `rows` does not tell apart, or of the best
     of those that differ in the options `best`), 95 % intervals over categories; wins with the
-    exact sign test; in parentheses paper.json's number, if any.
+    exact sign test; in parentheses paper.json's number, if any. unit "seed": all over seeds.
     """
-    cells, known = read_results(folder, rows, metric), {}
+    cells, known = read_results(folder, rows, metric, unit), {}
     if best:
         cells = best_of(folder, rows, metric, best, elsewhere)
-    if rows == ("category",):
+    if (*rows, unit) == ("category", "category"):
         cells["mean",] = [{c: v for row in cells for c, v in cells[row][k].items()} for k in (0, 1)]
     for n in json.loads(Path(paper).read_text()) if Path(paper).exists() else ():
         known[frozenset(f"{n['row']} {n['column']}".lower().split())] = f" ({n['value']:.3f})"
@@ -389,7 +388,7 @@ def table(folder, rows=("category",), metric="image_auroc", best=(), elsewhere=F
             words = {*f"{' '.join(map(str, row))} {metric}{name}".lower().split()}
             fits = [k for k in known if k <= words and (name[1:] in k or not name)]
             number = known[max(fits, key=len)] if fits and side else ""
-            line.append(summary(side.values()) + number)
+            line.append(summary([*side.values()]) + number)
         lines.append([*line, summary(d, "+"), f"{wins} of {len(d)}" * bool(d),
                       f"{stats.binomtest(wins, played).pvalue:.3f}" if played > 1 else ""])
     width = 6 if any(lamp for _, lamp in cells.values()) else 2
@@ -434,7 +433,6 @@ def draw_table(path, folder, rows, metrics):
 
 def summary(values, sign=""):
     """Mean and 95 % interval as text; without the interval for one value, empty for none."""
-    values = list(values)
     spread = f" ± {interval(values):.4f}" if len(values) > 1 else ""
     return f"{np.mean(values):{sign}.4f}{spread}" if values else ""
 
@@ -487,7 +485,9 @@ def main(argv=None):
     one("--table", metavar="FOLDER", help="print a Markdown table of all runs below this folder")
     add("--rows", default="category", help="its rows: options joined by commas (default: category)")
     add("--metric", default="image_auroc", help="a table for each of these (default: image_auroc)")
-    add("--best", metavar="OPTIONS", help="of the runs that differ in these, the best one")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--best", metavar="OPTIONS", help="of the runs that differ in these, the best one")
+    either("--unit", choices=("category", "seed"), default="category", help="of intervals")
     add("--elsewhere", action="store_true", help="best on all other categories, not on its own")
     add("--picture", metavar="FILE", help="and draw it")
     add("--data-dir", help="where the data sets are (default: where the run found them)")
@@ -499,7 +499,7 @@ def main(argv=None):
         if args.table:
             rows, metrics = tuple(args.rows.split(",")), args.metric.split(",")
             best = tuple(args.best.split(",")) if args.best else ()
-            print("\n\n".join(table(args.table, rows, metric, best, args.elsewhere)
+            print("\n\n".join(table(args.table, rows, metric, best, args.elsewhere, args.unit)
                               for metric in metrics))
             if args.picture:
                 draw_table(args.picture, args.table, rows, metrics)

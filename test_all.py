@@ -379,15 +379,17 @@ def test_a_table_pairs_the_means_over_seeds_category_by_category():
     for ((normal, lamp), pair), seed in itertools.product(values.items(), (0, 1)):
         Path(f"r/{normal}{lamp}{seed}").mkdir(parents=True)
         Path(f"r/{normal}{lamp}{seed}/run.json").write_text(json.dumps({
-            "config": {"normal": normal, "lamp": bool(lamp), "loss": "l1", "eps": 0.1, "epochs": 1},
+            "config": dict(normal=normal, lamp=bool(lamp), loss="l1", eps=0.1, epochs=1, seed=seed),
             "history": [{"epoch": 1, "image_auroc": pair[seed] / 2}],
             "metrics": {"categories": {normal: {"image_auroc": pair[seed]}}}}))
     # differences of the means: .3, 0, .2; t(.975, 2) = 4.3027
     assert ev.table("r", ("loss", "eps")).splitlines()[2:] == [
         "| l1, None | 0.5667 ± 0.1434 |  |  |  |  |",
         "| l1, 0.1 | 0.5667 ± 0.1434 | 0.7333 ± 0.3795 | +0.1667 ± 0.3795 | 2 of 3 | 0.500 |"]
+    # over the seeds: base .5 and .6333, LAMP .6667 and .8; t(.975, 1) = 12.7062
+    assert ("| l1 | 0.5667 ± 0.8471 | 0.7333 ± 0.8471 | +0.1667 ± 0.0000 | 2 of 2 | 0.500 |"
+            in call(ev.main, "--table r --rows loss --unit seed"))
     assert "| 1 | 0.2833 ± 0.0717 | 0.3667 ± 0.1897 | +0.0833" in ev.table("r", ("epoch",))
-    assert "no run.json" in call(ev.main, "--table nowhere", 2)
     call(ev.main, "--table r --rows epoch --picture z.png")
 
 
@@ -399,10 +401,9 @@ def test_the_best_setting_is_that_of_the_category_itself_or_of_the_others():
         Path(f"r/{optimizer}{category}/run.json").write_text(json.dumps({
             "config": {"normal": category, "lamp": False, "optimizer": optimizer, "epochs": 0},
             "history": [], "metrics": {"categories": {category: {"image_auroc": value}}}}))
-    command = "--table r --rows category --best optimizer"
     # on the others: a by b and c (.55 and .6) takes adam, b by a and c sgd, c by a and b adam
     for more, cells in (("", (0.9, 0.8, 0.6)), (" --elsewhere", (0.7, 0.5, 0.4))):
-        lines = call(ev.main, command + more).splitlines()[2:]
+        lines = call(ev.main, f"--table r --rows category --best optimizer{more}").splitlines()[2:]
         assert lines == [f"| {c} | {v:.4f} |" for c, v in zip("abc", cells)] + [
             f"| mean | {ev.summary(cells)} |"]
     assert "no other category" in call(ev.main, "--table r/sgda --best optimizer --elsewhere", 2)
@@ -664,11 +665,10 @@ WRONG = {train.main: (
     (f"--device {'mps' if torch.cuda.is_available() else 'cuda'}", "finds none"),
     ("--model uniad --loss ssim", "l1 or l2"), ("--resume --overwrite", "not allowed with"),
     ("--dataset folder --validate", "no anomalies"), ("--out /dev/null/x", "/dev/null"),
-    ("--model pca --lamp", "leave out --lamp"),
-    (f"{RESNET} no.pth", "no.pth: no state dict"), (f"{RESNET} random --image-size 250", "of 16"),
-    (f"{RESNET} random --image-size 32", "grid of 2x2"),
+    ("--model pca --lamp", "leave out --lamp"), (f"{RESNET} no.pth", "no.pth: no state dict"),
+    (f"{RESNET} random --image-size 250", "of 16"), (f"{RESNET} random --image-size 32", "of 2x2"),
     ("--depth 6 --image-size 64 --batch-size 1", "--batch-size 2")),
-    ev.main: (("nowhere", "no such file"), ("--image x", "name one or more")),
+    ev.main: (("nowhere", "no such"), ("--image x", "name one"), ("--table x", "no run.json")),
     landscape.main: (("nowhere", "no such file"), ("--grid 1", "--grid 1"), ("a --figure 3", "or"),
                      ("--span 0", "--span 0"))}
 
