@@ -21,7 +21,7 @@ from scipy import ndimage, stats
 from sklearn import metrics as sk
 
 from autoencoder import PCA, ConvAutoencoder
-from data import Inputs, load, read_image, resize, to_float, to_inputs
+from data import Inputs, load, read_image, resize, split, to_float, to_inputs
 from lamp_loss import l2
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
@@ -40,7 +40,14 @@ MODELS = {                                                  # name: (config, inp
 }
 MODELS["transformer"] = MODELS["uniad"]                     # with other defaults, in train.py
 LAMP_OPTIONS = ("eps", "over", "detach", "log")
-Judged = namedtuple("Judged", "maps scores threshold scale")
+GAINS = {                                                   # where LAMP was tried: --gains draws it
+    "MNIST, one digit normal, by batch size (10 digits)": dict(
+        folders=["results/table1"], rows=("loss", "batch_size")),
+    "MVTec AD, autoencoder, by optimizer (3 categories)": dict(
+        folders=["results/table2"], rows=("loss", "optimizer"), best=("lr",)),
+    "MVTec AD, one UniAD for 3 categories (3 seeds)": dict(
+        folders=["results/uniad/unified/seeds"], rows=("model", "loss"), unit="seed")}
+Judged = namedtuple("Judged", "maps scores limits scale")    # limits: each image's threshold
 
 
 @torch.no_grad()
@@ -199,37 +206,53 @@ def judge(model, c, data, inputs):
     heat maps' color scale, twice the 99.9 % quantile of the error of held-out normal pixels."""
     held, maps = (anomaly_maps(model, x, data.test.shape[-1], inputs.prepare)
                   for x in (inputs.held, inputs.test))
-    scores, limit, scale = image_scores(maps, c["score"]), None, 1.0
+    scores, limit, limits, scale = image_scores(maps, c["score"]), None, {}, 1.0
     if len(held):
-        limit = threshold(image_scores(held, c["score"]), c["fpr"])
+        normal, owner = image_scores(held, c["score"]), np.array(data.train_classes)
+        owner, limit = owner[split(owner, c["seed"])[1]], threshold(normal, c["fpr"])
+        limits = {name: threshold(normal[owner == name], c["fpr"]) for name in {*owner.tolist()}}
         scale = 2 * float(np.quantile(held.numpy(), 0.999))
-    result = {**measure(scores, maps, data), "threshold": limit}
-    for label, rate, error in ((0, "fpr", "normal_error"), (1, "tpr", "anomaly_error")):
+    result = {**measure(scores, maps, data), **alarms(scores, data.labels, limit)}
+    for name, each in result["categories"].items():
+        mine = torch.from_numpy(np.array(data.categories) == name)
+        each.update(alarms(scores[mine], data.labels[mine], limits.get(name, limit)))
+    for label, error in enumerate(("normal_error", "anomaly_error")):
         mine = scores[data.labels == label]
-        result[rate] = float((mine > limit).float().mean()) if len(mine) and len(held) else None
         result[error] = float(mine.mean()) if len(mine) else None
     if c["model"] in IMAGE_MODELS:
         result["pull"], result["spread"] = movement(model, inputs, data.labels)
     if (c["model"], c["depth"]) == ("mlp", 1):
         result["from_identity"] = model.from_identity()
-    return result, Judged(maps, scores, limit, scale)
+    limits = [limits.get(name, limit) for name in data.categories]
+    return result, Judged(maps, scores, limits, scale)
+
+
+def alarms(scores, labels, limit):
+    """What a threshold does on a test set: the share of normals and of anomalies above it."""
+    result = {"threshold": limit, "fpr": None, "tpr": None}
+    for label, rate in enumerate(("fpr", "tpr")):
+        mine = scores[labels == label]
+        if limit is not None and len(mine):
+            result[rate] = float((mine > limit).float().mean())
+    return result
 
 
 def describe(m):
     """Metrics as lines to print: of each category, their mean, and what the threshold does."""
     lines = [" " * 20 + "".join(f"{key.replace('_', ' '):>13}" for key in METRICS)]
-    each = m["categories"].items() if len(m["categories"]) > 1 else ()
+    each = [*m["categories"].items()] if len(m["categories"]) > 1 else []
     for name, row in [*each, ("mean", m)]:
         lines.append(f"{name[:19]:<20}" + "".join(f"{number(row[key]):>13}" for key in METRICS))
     if m["image_auroc"] is None:
         lines.append("-: a metric needs both normal and anomalous test images")
-    lines.append(f"threshold {number(m['threshold'])}: on the test set false positive rate "
-                 f"{number(m['fpr'])}, true positive rate {number(m['tpr'])}")
+    for name, row in [*each, ("all", m)]:
+        lines.append(f"threshold {name} {number(row.get('threshold'))}: on the test set false "
+                     f"positive rate {number(row.get('fpr'))}, true {number(row.get('tpr'))}")
     return "\n".join(lines)
 
 
-def number(value):
-    return "-" if value is None else f"{value:.4f}"
+def number(value, digits=None):
+    return "-" if value is None else f"{value:.{digits}g}" if digits else f"{value:.4f}"
 
 
 def draw_curves(path, record, judged, labels):
@@ -247,7 +270,8 @@ def draw_curves(path, record, judged, labels):
         kinds = [judged.scores[labels == label].numpy() for label in (0, 1)]
         axes[4].hist(kinds, np.linspace(0, float(judged.scores.quantile(0.99)), 50), density=True,
                      histtype="stepfilled", alpha=0.6, label=["normal", "anomalous"])
-        axes[4].axvline(judged.threshold or math.nan, color="black", label="threshold")
+        for limit in {*judged.limits}:                      # one a category
+            axes[4].axvline(limit or math.nan, color="black", label="threshold")
         axes[4].set(xlabel="anomaly score", yticks=[], title="test images")
         axes[4].legend(fontsize=7)
     figure.supxlabel(record["command"], fontsize=7)
@@ -296,13 +320,14 @@ def draw_examples(path, runs, images, labels=None, masks=None):
             axis.set(xticks=[], yticks=[])
     for axis, i in zip(axes[0], picked):
         kind = "score" if labels is None else ("normal", "anomaly")[labels[i]]
-        axis.set_title(f"{kind} {judged.scores[i]:.3g}\n{verdict(judged, i)}", fontsize=8)
-    figure.supxlabel(f"threshold {number(judged.threshold)}; error from 0 to {judged.scale:.3g}")
+        limit = number(judged.limits[i], 3)
+        axis.set_title(f"{kind} {judged.scores[i]:.3g}\n{verdict(judged, i)} ({limit})", fontsize=8)
+    figure.supxlabel(f"score, verdict (threshold) of each image; error 0 to {judged.scale:.3g}")
     figure.savefig(path, dpi=90)
 
 
 def verdict(judged, i):
-    limit = judged.threshold
+    limit = judged.limits[i]
     return "no verdict" if limit is None else "anomalous" if judged.scores[i] > limit else "passes"
 
 
@@ -311,12 +336,13 @@ def interval(values, level=0.95):
     return float(stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1))
 
 
-def read_results(folder, rows, metric, unit="category"):
-    """All run.json below a folder -> {values of the options `rows`: [of plain runs, of LAMP's]},
+def read_results(folders, rows, metric, unit="category"):
+    """All run.json below folders -> {values of the options `rows`: [of plain runs, of LAMP's]},
     each {category: mean over seeds}, or with unit "seed" {seed: mean over categories}; with "epoch"
     in rows, of the history. LAMP's options are None for a plain run, all readings' partner."""
     cells = defaultdict(lambda: [defaultdict(list), defaultdict(list)])
-    runs = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("run.json"))]
+    paths = sorted(path for folder in folders for path in Path(folder).rglob("run.json"))
+    runs = [json.loads(path.read_text()) for path in paths]
     for run in (r for r in runs if len(r["history"]) >= r["config"]["epochs"]):     # whole ones
         c, each = {"log": True, **run["config"]}, run["metrics"]["categories"].items()
         if "epoch" in rows or metric not in METRICS:
@@ -331,7 +357,7 @@ def read_results(folder, rows, metric, unit="category"):
             if values.get(metric) is not None:
                 cells[row][c["lamp"]][known[unit]].append(values[metric])
     if not cells:
-        raise ValueError(f"{folder}: no run.json of a finished run with {metric} below it")
+        raise ValueError(f"{', '.join(folders)}: no run.json of a finished run with {metric} below")
     for row, cell in [*cells.items()]:
         plain = tuple(None if k in LAMP_OPTIONS else v for k, v in zip(rows, row))
         if not cell[0] and plain in cells:
@@ -344,12 +370,12 @@ def differences(plain, lamp):
     return [lamp[name] - plain[name] for name in lamp if name in plain]
 
 
-def best_of(folder, rows, metric, options, elsewhere):
+def best_of(folders, rows, metric, options, elsewhere):
     """As read_results, but of the runs that differ in `options` the best one, of plain and LAMP
     apart: the best on the category itself, as the paper has it, or (`elsewhere`) the one with the
     best mean over the other categories, which can be known before the category is judged."""
     keys = tuple(k for k in rows if k != "category")
-    found = read_results(folder, (*keys, *options), metric)
+    found = read_results(folders, (*keys, *options), metric)
     cells = defaultdict(lambda: [{}, {}])
     for row, side in [(row[:len(keys)], side) for row in found for side in (0, 1)]:
         tried = [cell[side] for r, cell in found.items() if r[:len(keys)] == row]
@@ -359,13 +385,31 @@ def best_of(folder, rows, metric, options, elsewhere):
                 return np.mean(seen) if seen else -math.inf
             best = max((values for values in tried if category in values), key=known)
             if known(best) == -math.inf:
-                raise ValueError(f"--elsewhere: {folder} holds no other category than {category}")
+                raise ValueError(f"--elsewhere: no other category than {category} is there")
             named = dict(zip(keys, row), category=category)
             cells[tuple(named[k] for k in rows)][side][category] = best[category]
     return cells
 
 
-def table(folder, rows=("category",), metric="image_auroc", best=(), elsewhere=False,
+def cells_of(folders, rows, metric="image_auroc", best=(), elsewhere=False, unit="category"):
+    if best:
+        return best_of(folders, rows, metric, best, elsewhere)
+    return read_results(folders, rows, metric, unit)
+
+
+def paper_numbers(path="results/paper.json"):
+    entries = json.loads(Path(path).read_text()) if Path(path).exists() else ()
+    return {frozenset(f"{n['row']} {n['column']}".lower().split()): n["value"] for n in entries}
+
+
+def in_paper(known, *words):
+    """The papers' number whose words are all among these, of several the one of most; or None."""
+    words = {*" ".join(map(str, words)).lower().split()}
+    fits = [key for key in known if key <= words and ("lamp" in key) == ("lamp" in words)]
+    return known[max(fits, key=len)] if fits else None
+
+
+def table(folders, rows=("category",), metric="image_auroc", best=(), elsewhere=False,
           unit="category", paper="results/paper.json"):
     """Markdown, a row for each value of the options `rows`: base loss, LAMP, paired difference.
 
@@ -373,34 +417,29 @@ def table(folder, rows=("category",), metric="image_auroc", best=(), elsewhere=F
     of those that differ in the options `best`), 95 % intervals over categories; wins with the
     exact sign test; in parentheses paper.json's number, if any. unit "seed": all over seeds.
     """
-    cells, known = read_results(folder, rows, metric, unit), {}
-    if best:
-        cells = best_of(folder, rows, metric, best, elsewhere)
+    cells, known = cells_of(folders, rows, metric, best, elsewhere, unit), paper_numbers(paper)
     if (*rows, unit) == ("category", "category"):
         cells["mean",] = [{c: v for row in cells for c, v in cells[row][k].items()} for k in (0, 1)]
-    for n in json.loads(Path(paper).read_text()) if Path(paper).exists() else ():
-        known[frozenset(f"{n['row']} {n['column']}".lower().split())] = f" ({n['value']:.3f})"
     lines = [[", ".join(rows), "base loss", "LAMP", "difference", "wins", "p"], ["---"] * 6]
     for row, cell in cells.items():
         d, line = differences(*cell), [", ".join(map(str, row))]
         wins, played = sum(x > 0 for x in d), sum(x != 0 for x in d)
-        for side, name in zip(cell, ("", " lamp")):         # the paper's entry of most words fits
-            words = {*f"{' '.join(map(str, row))} {metric}{name}".lower().split()}
-            fits = [k for k in known if k <= words and (name[1:] in k or not name)]
-            number = known[max(fits, key=len)] if fits and side else ""
-            line.append(summary([*side.values()]) + number)
+        for side, name in zip(cell, ("", "lamp")):
+            value = in_paper(known, *row, metric, name) if side else None
+            line.append(summary([*side.values()]) + ("" if value is None else f" ({value:.3f})"))
         lines.append([*line, summary(d, "+"), f"{wins} of {len(d)}" * bool(d),
                       f"{stats.binomtest(wins, played).pvalue:.3f}" if played > 1 else ""])
     width = 6 if any(lamp for _, lamp in cells.values()) else 2
     return "\n".join(f"| {' | '.join(line[:width])} |" for line in lines)
 
 
-def draw_table(path, folder, rows, metrics):
+def draw_table(path, folders, rows, metrics):
     """Tables as a picture: a panel for each metric over the first of `rows`; where there is LAMP,
     one more: LAMP minus base loss of the first metric, with its interval over categories."""
-    tables = [read_results(folder, rows, metric) for metric in metrics]
+    tables = [read_results(folders, rows, metric) for metric in metrics]
     gains = {row: d for row, cell in tables[0].items() if len(d := differences(*cell)) > 1}
     titles = [*metrics, *[f"{metrics[0]}: LAMP - base loss"] * bool(gains)]
+    two = any(lamp for _, lamp in tables[0].values())       # losses, to be told apart
     figure = Figure(figsize=(4.2 * len(titles), 3.6), layout="constrained")
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     xs = dict.fromkeys(row[0] for row in tables[0])
@@ -413,7 +452,7 @@ def draw_table(path, folder, rows, metrics):
             for side, name in enumerate(("base loss", "LAMP")):
                 means = {x: np.mean([*c[side].values()]) for x, c in mine.items() if c[side]}
                 if means and (side or plain == rest or plain not in groups):    # base loss once
-                    name = " ".join([name, *(str(v) for v in rest if v is not None)])
+                    name = " ".join([name] * two + [str(v) for v in rest if v is not None])
                     line, = panel.plot([*means], [*means.values()], "so"[side] + "-", label=name)
             pairs = {place[row[0]]: d for row, d in gains.items() if row[1:] == rest}
             if panel is panels[0] and pairs:
@@ -428,6 +467,30 @@ def draw_table(path, folder, rows, metrics):
     panels[0].legend(fontsize=7)
     if gains:
         panels[-1].axhline(0, color="black", linewidth=0.8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_gains(path):
+    """LAMP minus base loss in image AUROC: each setting of GAINS, 95 % interval, and the paper's
+    difference (hollow; for Table 2 of the same categories)."""
+    found, known = {title: cells_of(**spec) for title, spec in GAINS.items()}, paper_numbers()
+    figure = Figure(figsize=(9, 0.25 * sum(map(len, found.values())) + 2.4), layout="constrained")
+    panels = figure.subplots(len(found), sharex=True, height_ratios=[*map(len, found.values())])
+    for panel, (title, cells) in zip(panels, found.items()):
+        for y, (row, cell) in enumerate(cells.items()):
+            d, words = differences(*cell), [(*row, "image_auroc")]
+            panel.errorbar(np.mean(d), y, xerr=interval(d), fmt="o", color="C0", capsize=3)
+            if in_paper(known, *words[0]) is None:          # Table 2 has a number a category
+                words = [(*words[0], category) for category in cell[1]]
+            pairs = [(in_paper(known, *w), in_paper(known, *w, "lamp")) for w in words]
+            gains = [lamp - base for base, lamp in pairs if lamp]
+            if gains:
+                panel.plot(np.mean(gains), y, "D", color="C1", markerfacecolor="none")
+        panel.set_yticks(range(len(cells)), [" ".join(map(str, row)) for row in cells], fontsize=8)
+        panel.set_title(title, fontsize=9, loc="left")
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.invert_yaxis()
+    panels[-1].set_xlabel("image AUROC: LAMP - base loss (hollow: the paper's)")
     figure.savefig(path, dpi=110)
 
 
@@ -454,8 +517,9 @@ def evaluate_run(run, data_dir, device):
     return data, (model, inputs, judged)
 
 
-def judge_files(run, files, device):
-    """Score, threshold, verdict of new images; heat maps of the first 40 go to RUN/judged.png."""
+def judge_files(run, files, device, category=None):
+    """Score, threshold, verdict of new images; heat maps of the first 40 go to RUN/judged.png.
+    The threshold is that of all normals, or of `category`. Raises ValueError where unknown."""
     state, model = load_run(run, device)
     c, (channels, side, _), prepare = state["config"], state["image"], to_float
     if backbone := open_backbone(c, device):
@@ -466,13 +530,39 @@ def judge_files(run, files, device):
     if channels == 1:
         images = images.float().mean(1, keepdim=True).round().byte()
     maps = anomaly_maps(model, images, side, prepare)
-    scores, limit = image_scores(maps, c["score"]), state.get("threshold")
-    judged = Judged(maps, scores, limit, state.get("scale", 1))
+    scores, limits = image_scores(maps, c["score"]), state.get("limits", {})
+    if category is not None and category not in limits:
+        raise ValueError(f"--category {category}: {run} has thresholds of {', '.join(limits)}")
+    limit = limits.get(category, state.get("threshold"))
+    judged = Judged(maps, scores, [limit] * len(files), state.get("scale", 1))
     inputs = Inputs(None, None, images, prepare, None)
     draw_examples(Path(run) / "judged.png", {"": (model, inputs, judged)}, images[:40])
     for i, file in enumerate(files):
         print(f"{file}: score {scores[i]:.5g}, threshold {number(limit)}, {verdict(judged, i)}")
     print(f"wrote {run}/judged.png")
+
+
+def work(args):
+    """What the command line asks for: a picture of all gains, tables, new images, saved runs."""
+    rows, metrics, seen = tuple(args.rows.split(",")), args.metric.split(","), {}
+    best = tuple(args.best.split(",")) if args.best else ()
+    if args.gains:
+        draw_gains(args.gains)
+    for metric in metrics if args.table else ():
+        print(table(args.table, rows, metric, best, args.elsewhere, args.unit), end="\n\n")
+    if args.table and args.picture:
+        draw_table(args.picture, args.table, rows, metrics)
+    for run in args.runs:
+        if args.image:
+            judge_files(run, args.image, args.device, args.category)
+        else:
+            seen[run] = evaluate_run(run, args.data_dir, args.device)
+    if args.compare:
+        data, _ = seen[args.runs[0]]
+        if not all(torch.equal(data.test, other.test) for other, _ in seen.values()):
+            raise ValueError("--compare: these runs have different test images")
+        named = {f"{run}\n": parts for run, (_, parts) in seen.items()}
+        draw_examples(args.compare, named, data.test, data.labels, data.masks)
 
 
 def main(argv=None):
@@ -481,8 +571,10 @@ def main(argv=None):
     add("runs", nargs="*", metavar="RUN", help="numbers and pictures of these runs, anew")
     one = parser.add_mutually_exclusive_group().add_argument
     one("--image", nargs="+", metavar="FILE", help="judge these images by the threshold of RUN")
+    add("--category", help="with --image: its own threshold, not that of all categories")
     one("--compare", metavar="FILE", help="draw the same test images as each of RUNs sees them")
-    one("--table", metavar="FOLDER", help="print a Markdown table of all runs below this folder")
+    one("--table", nargs="+", metavar="FOLDER", help="print a Markdown table of all runs below")
+    one("--gains", metavar="FILE", help="draw LAMP's gain in all sweeps of the README")
     add("--rows", default="category", help="its rows: options joined by commas (default: category)")
     add("--metric", default="image_auroc", help="a table for each of these (default: image_auroc)")
     either = parser.add_mutually_exclusive_group().add_argument
@@ -493,25 +585,10 @@ def main(argv=None):
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     add("--device", default="cpu", help="default: cpu")
     args = parser.parse_args(argv)
-    if not args.runs and not args.table:
+    if not (args.runs or args.table or args.gains):
         parser.error("name one or more runs, or --table FOLDER")
     try:
-        if args.table:
-            rows, metrics = tuple(args.rows.split(",")), args.metric.split(",")
-            best = tuple(args.best.split(",")) if args.best else ()
-            print("\n\n".join(table(args.table, rows, metric, best, args.elsewhere, args.unit)
-                              for metric in metrics))
-            if args.picture:
-                draw_table(args.picture, args.table, rows, metrics)
-        else:
-            work = judge_files if args.image else evaluate_run
-            seen = {run: work(run, args.image or args.data_dir, args.device) for run in args.runs}
-            if args.compare:
-                data, _ = seen[args.runs[0]]
-                if not all(torch.equal(data.test, other.test) for other, _ in seen.values()):
-                    raise ValueError("--compare: these runs have different test images")
-                named = {f"{run}\n": parts for run, (_, parts) in seen.items()}
-                draw_examples(args.compare, named, data.test, data.labels, data.masks)
+        work(args)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     raise SystemExit(0)

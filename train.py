@@ -54,7 +54,7 @@ SCHEDULES = {                                               # progress in [0, 1)
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
 }
-UNIAD = dict(lr=4e-4, epochs=15, batch_size=8, optimizer="adamw", schedule="step", clip=0.1,
+UNIAD = dict(lr=4e-4, epochs=10, batch_size=8, optimizer="adamw", schedule="step", clip=0.1,
              weight_decay=1e-4, neighbors=7, jitter=20.0, query="layerwise", depth=4)
 PLAIN = dict(neighbors=0, jitter=0.0, query="none")
 AE = dict(lr=3e-3, epochs=8, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
@@ -214,7 +214,7 @@ def model_options(parser):
 
 def run_options(parser):
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, **unset("(default: ae 8, digits and folders 100; others 15)"))
+    add("--epochs", type=int, **unset("(default: ae 8, digits and folders 100; others 10)"))
     add("--batch-size", type=int, **unset("images a step", "batch_size"))
     add("--lr", type=float, **unset("(default: ae 3e-3, digits and folders 1e-3; others 4e-4)"))
     add("--weight-decay", type=float, **unset("of the optimizer", "weight_decay"))
@@ -319,7 +319,8 @@ def finish(c, model, data, inputs, save, state, command, started):
         parameters=sum(p.numel() for p in model.parameters()))
     if history:
         history[-1].update({key: metrics[key] for key in ev.CURVES})
-    save({**state, "threshold": metrics["threshold"], "scale": judged.scale})
+    limits = {name: each["threshold"] for name, each in metrics["categories"].items()}
+    save({**state, "threshold": metrics["threshold"], "limits": limits, "scale": judged.scale})
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "torchvision": torchvision.__version__, "threads": torch.get_num_threads()}
     record = {"command": command, "config": c, "versions": versions, "history": history,
