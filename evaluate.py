@@ -27,7 +27,8 @@ from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
 LAYOUT = 2                                                  # of model.pt; raise it with a change
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
-CURVES = ("image_auroc", "pixel_auroc", "normal_error", "anomaly_error")    # over the epochs
+CURVES = (                                                  # over the epochs
+    "image_auroc", "pixel_auroc", "normal_error", "anomaly_error", "from_identity")
 IMAGE_MODELS = ("ae", "pca")                                # the others see features
 MODELS = {                                                  # name: (config, input shape) -> model
     "ae": lambda c, shape: ConvAutoencoder(
@@ -46,7 +47,7 @@ GAINS = {                                                   # where LAMP was tri
     "MVTec AD, autoencoder, by optimizer (3 categories)": dict(
         folders=["results/table2"], rows=("loss", "optimizer"), best=("lr",)),
     "MVTec AD, one UniAD for 3 categories (3 seeds)": dict(
-        folders=["results/uniad/unified/seeds"], rows=("model", "loss"), unit="seed")}
+        folders=["results/uniad/unified/seeds"], rows=("model",), unit="seed")}
 Judged = namedtuple("Judged", "maps scores limits scale")    # limits: each image's threshold
 
 
@@ -444,8 +445,8 @@ def draw_table(path, folders, rows, metrics):
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     xs = dict.fromkeys(row[0] for row in tables[0])
     place = {x: x if len({*map(type, xs)}) == 1 else str(x) for x in xs}
+    groups, colors = dict.fromkeys(row[1:] for row in tables[0]), {}    # a line's, in all panels
     for panel, cells in zip(panels, tables):
-        groups = dict.fromkeys(row[1:] for row in cells)
         for rest in groups:
             mine = {place[row[0]]: cell for row, cell in cells.items() if row[1:] == rest}
             plain = tuple(None if k in LAMP_OPTIONS else v for k, v in zip(rows[1:], rest))
@@ -453,18 +454,20 @@ def draw_table(path, folders, rows, metrics):
                 means = {x: np.mean([*c[side].values()]) for x, c in mine.items() if c[side]}
                 if means and (side or plain == rest or plain not in groups):    # base loss once
                     name = " ".join([name] * two + [str(v) for v in rest if v is not None])
-                    line, = panel.plot([*means], [*means.values()], "so"[side] + "-", label=name)
+                    color = colors.setdefault(name, f"C{len(colors)}")
+                    panel.plot([*means], [*means.values()], "so"[side] + "-", c=color, label=name)
             pairs = {place[row[0]]: d for row, d in gains.items() if row[1:] == rest}
             if panel is panels[0] and pairs:
                 panels[-1].errorbar([*pairs], [*map(np.mean, pairs.values())],
                                     [*map(interval, pairs.values())], capsize=3,
-                                    color=line.get_color())
+                                    color=color)
     for panel, title in zip(panels, titles):
         panel.set(xlabel=rows[0], title=title.replace("_", " "))
         if rows[0] in ("latent", "batch_size", "lr") and min(xs) > 0:
             panel.set_xscale("log", base=2)
             panel.set_xticks([*xs], [*xs])
-    panels[0].legend(fontsize=7)
+    if len(colors) > 1:
+        panels[0].legend(fontsize=7)
     if gains:
         panels[-1].axhline(0, color="black", linewidth=0.8)
     figure.savefig(path, dpi=110)

@@ -318,7 +318,7 @@ def finish(c, model, data, inputs, save, state, command, started):
         len(inputs.train) * len(history) / max(seconds, 1e-9), 1),
         parameters=sum(p.numel() for p in model.parameters()))
     if history:
-        history[-1].update({key: metrics[key] for key in ev.CURVES})
+        history[-1].update({key: metrics.get(key) for key in ev.CURVES})
     limits = {name: each["threshold"] for name, each in metrics["categories"].items()}
     save({**state, "threshold": metrics["threshold"], "limits": limits, "scale": judged.scale})
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
