@@ -27,8 +27,7 @@ from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
 LAYOUT = 2                                                  # of model.pt; raise it with a change
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
-CURVES = (                                                  # over the epochs
-    "image_auroc", "pixel_auroc", "normal_error", "anomaly_error", "from_identity")
+CURVES = ("image_auroc", "pixel_auroc", "normal_error", "anomaly_error", "from_identity")
 IMAGE_MODELS = ("ae", "pca")                                # the others see features
 MODELS = {                                                  # name: (config, input shape) -> model
     "ae": lambda c, shape: ConvAutoencoder(
@@ -459,8 +458,7 @@ def draw_table(path, folders, rows, metrics):
             pairs = {place[row[0]]: d for row, d in gains.items() if row[1:] == rest}
             if panel is panels[0] and pairs:
                 panels[-1].errorbar([*pairs], [*map(np.mean, pairs.values())],
-                                    [*map(interval, pairs.values())], capsize=3,
-                                    color=color)
+                                    [*map(interval, pairs.values())], capsize=3, c=color)
     for panel, title in zip(panels, titles):
         panel.set(xlabel=rows[0], title=title.replace("_", " "))
         if rows[0] in ("latent", "batch_size", "lr") and min(xs) > 0:
@@ -551,8 +549,9 @@ def work(args):
     best = tuple(args.best.split(",")) if args.best else ()
     if args.gains:
         draw_gains(args.gains)
-    for metric in metrics if args.table else ():
-        print(table(args.table, rows, metric, best, args.elsewhere, args.unit), end="\n\n")
+    if args.table:
+        print("\n\n".join(table(args.table, rows, metric, best, args.elsewhere, args.unit)
+                          for metric in metrics))
     if args.table and args.picture:
         draw_table(args.picture, args.table, rows, metrics)
     for run in args.runs:
