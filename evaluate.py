@@ -251,8 +251,8 @@ def describe(m):
     return "\n".join(lines)
 
 
-def number(value, digits=None):
-    return "-" if value is None else f"{value:.{digits}g}" if digits else f"{value:.4f}"
+def number(value, form=".4f"):
+    return "-" if value is None else f"{value:{form}}"
 
 
 def draw_curves(path, record, judged, labels):
@@ -270,8 +270,8 @@ def draw_curves(path, record, judged, labels):
         kinds = [judged.scores[labels == label].numpy() for label in (0, 1)]
         axes[4].hist(kinds, np.linspace(0, float(judged.scores.quantile(0.99)), 50), density=True,
                      histtype="stepfilled", alpha=0.6, label=["normal", "anomalous"])
-        for limit in {*judged.limits}:                      # one a category
-            axes[4].axvline(limit or math.nan, color="black", label="threshold")
+        limits = [limit for limit in {*judged.limits} if limit is not None]
+        axes[4].vlines(limits, *axes[4].get_ylim(), color="black", label="threshold")
         axes[4].set(xlabel="anomaly score", yticks=[], title="test images")
         axes[4].legend(fontsize=7)
     figure.supxlabel(record["command"], fontsize=7)
@@ -320,7 +320,7 @@ def draw_examples(path, runs, images, labels=None, masks=None):
             axis.set(xticks=[], yticks=[])
     for axis, i in zip(axes[0], picked):
         kind = "score" if labels is None else ("normal", "anomaly")[labels[i]]
-        limit = number(judged.limits[i], 3)
+        limit = number(judged.limits[i], ".3g")
         axis.set_title(f"{kind} {judged.scores[i]:.3g}\n{verdict(judged, i)} ({limit})", fontsize=8)
     figure.supxlabel(f"score, verdict (threshold) of each image; error 0 to {judged.scale:.3g}")
     figure.savefig(path, dpi=90)
@@ -552,8 +552,8 @@ def work(args):
     if args.table:
         print("\n\n".join(table(args.table, rows, metric, best, args.elsewhere, args.unit)
                           for metric in metrics))
-    if args.table and args.picture:
-        draw_table(args.picture, args.table, rows, metrics)
+        if args.picture:
+            draw_table(args.picture, args.table, rows, metrics)
     for run in args.runs:
         if args.image:
             judge_files(run, args.image, args.device, args.category)
@@ -589,6 +589,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not (args.runs or args.table or args.gains):
         parser.error("name one or more runs, or --table FOLDER")
+    if args.category and not args.image:
+        parser.error("--category chooses the threshold of new images: give them by --image")
     try:
         work(args)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
