@@ -14,7 +14,7 @@ lie in [0, 1]. `PCA`, the best linear autoencoder, shows what the network adds. 
 the layers: python autoencoder.py
 """
 import torch
-from sklearn import decomposition
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -52,24 +52,27 @@ class ConvAutoencoder(nn.Module):
             raise ValueError(f"kernel_size must be odd, to keep a layer's grid, got {kernel_size}")
         self.depth, self.patches = depth, patches
         widths = [channels] + [width * min(2 ** i, 8) for i in range(depth - 1)] + [latent]
+        padding = kernel_size // 2
         encoder, decoder = [], []
         for c_in, c_out in zip(widths, widths[1:]):
-            encoder += [nn.Conv2d(c_in, c_out, kernel_size, stride=2, padding=kernel_size // 2),
+            encoder += [nn.Conv2d(c_in, c_out, kernel_size, stride=2, padding=padding),
                         nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
-        for c_in, c_out in zip(widths[::-1], widths[-2::-1]):
+        widths.reverse()
+        for c_in, c_out in zip(widths, widths[1:]):
             decoder += [nn.Upsample(scale_factor=2),
-                        nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2),
+                        nn.Conv2d(c_in, c_out, kernel_size, padding=padding),
                         nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
         decoder[-2:] = [nn.Sigmoid()]                           # the image itself, in (0, 1)
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
 
     def forward(self, y):
-        fits, (height, width) = self.patches * 2 ** self.depth, y.shape[2:]
-        if height % fits or width % fits:
-            down, up = height // fits * fits, -(-height // fits) * fits
-            near = " or ".join(str(side) for side in (down, up) if side)
+        height, width = y.shape[2:]
+        unit = self.patches * 2 ** self.depth                   # pixels to one value of the code
+        if height % unit or width % unit:
+            below = height // unit * unit
+            near = f"{below} or {below + unit}" if below else unit
             raise ValueError(f"{self.patches}x{self.patches} patches of depth {self.depth} need a "
-                             f"side that {fits} divides, got {height}x{width}: use {near}")
+                             f"side that {unit} divides, got {height}x{width}: use {near}")
         y = to_patches(y, self.patches)                         # (B n n, C, H/n, W/n)
         return from_patches(self.decoder(self.encoder(y)), self.patches)
 
@@ -79,26 +82,34 @@ class ConvAutoencoder(nn.Module):
 
 
 class PCA(nn.Module):
-    """The linear autoencoder with the least L2 error, solved instead of trained (scikit-learn).
+    """The linear autoencoder with the least L2 error, solved instead of trained.
 
-    y -> mean + its projection on the first `latent` principal components of the normal images;
-    with latent 0 the mean image, whatever y is. forward: (B, C, H, W) -> the same; solve(y) first.
-    Raises ValueError where there are fewer images, or pixels, than components.
+    y -> mean + its projection on the first `latent` principal components of the normals, over all
+    C H W values of an image or of a feature map; with latent 0 the mean, whatever y is.
+    channels, size: C, and the side H = W. forward: (B, C, H, W) -> (B, C, H, W); `solve` first.
     """
 
     def __init__(self, channels, size, latent):
         super().__init__()
-        self.mean = nn.Parameter(torch.zeros(channels * size * size), requires_grad=False)
-        self.components = nn.Parameter(torch.zeros(latent, len(self.mean)), requires_grad=False)
+        values = channels * size * size
+        self.mean = nn.Parameter(torch.zeros(values), requires_grad=False)
+        self.components = nn.Parameter(torch.zeros(latent, values), requires_grad=False)
 
-    def solve(self, y):                                         # (N, C, H, W) in [0, 1]
-        count = len(self.components)
-        if count > min(len(y), len(self.mean)):
-            raise ValueError(f"{count} components of {len(y)} images with {len(self.mean)} values")
-        solver = "covariance_eigh" if len(y) > len(self.mean) else "full"       # the smaller matrix
-        pca = decomposition.PCA(count, svd_solver=solver).fit(y.flatten(1).cpu())
-        self.mean.copy_(torch.from_numpy(pca.mean_))
-        self.components.copy_(torch.from_numpy(pca.components_))
+    def solve(self, y):
+        """Set mean and components from normals (N, C, H, W). Raises ValueError: too few of them."""
+        latent, values = self.components.shape
+        if latent > min(len(y), values):
+            raise ValueError(f"{latent} components of {len(y)} images with {values} values each: "
+                             f"use at most {min(len(y), values)}")
+        y = y.flatten(1).cpu()                                  # (N, values)
+        mean = y.mean(0, dtype=torch.float64)
+        centered = y - mean
+        few = len(y) < values                                   # the smaller matrix is decomposed:
+        gram = centered @ centered.T if few else centered.T @ centered      # N^2 or values^2
+        vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :latent]  # largest variance first
+        components = vectors.T @ centered if few else vectors.T
+        self.mean.copy_(mean)
+        self.components.copy_(F.normalize(components, eps=1e-6))            # no variance: stays 0
 
     def forward(self, y):
         code = (y.flatten(1) - self.mean) @ self.components.T   # (B, latent)
@@ -111,30 +122,38 @@ def reestimate_batch_norm(model, batches):
 
     Needed before an evaluation: with momentum .1 they remember ten batches, ten images at batch
     size 1; with .01, a short training does not fill them. Training never reads them, and no random
-    number is drawn, so this changes no training. Their momentum becomes PyTorch's .1.
+    number is drawn, so this changes no training. Leaves eval mode, and PyTorch's momentum of .1.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None                                       # PyTorch's sign for a plain average
-        m.train()
-    for y in batches if norms else ():
+    model.eval()                                                # dropout stays quiet
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None                                    # PyTorch's sign for a plain average
+        norm.train()
+    for y in batches:
         model(y)
-    for m in norms:
-        m.momentum = 0.1
-    model.eval()
+    for norm in norms:
+        norm.momentum = 0.1
+        norm.eval()
+
+
+def describe(model, size):
+    """Print the layers of an autoencoder for images of size x size: output shapes, parameters."""
+    y = torch.zeros(2, model.encoder[0].in_channels, size, size)
+    print(f"{'input':<14}{str(tuple(y.shape[1:])):<18}")
+    for layer in [*model.encoder, *model.decoder]:
+        y = layer(y)
+        count = sum(p.numel() for p in layer.parameters())
+        print(f"{type(layer).__name__:<14}{str(tuple(y.shape[1:])):<18}{count:>10,}")
+    print(f"{'all':<32}{sum(p.numel() for p in model.parameters()):>10,}\n")
 
 
 def main(argv=None):
     print(f"{'layer':<14}{'C, H, W':<18}{'parameters':>10}    (patch-wise: of one patch)")
-    for model, size in ((ConvAutoencoder(), 32), (ConvAutoencoder(3, depth=6), 128)):
-        x = torch.zeros(2, model.encoder[0].in_channels, size, size)
-        print(f"{'input':<14}{str(tuple(x.shape[1:])):<18}")
-        for layer in [*model.encoder, *model.decoder]:
-            x, count = layer(x), sum(p.numel() for p in layer.parameters())
-            print(f"{type(layer).__name__:<14}{str(tuple(x.shape[1:])):<18}{count:>10,}")
-        print(f"{'all':<32}{sum(p.numel() for p in model.parameters()):>10,}\n")
+    describe(ConvAutoencoder(), 32)
+    describe(ConvAutoencoder(channels=3, depth=6), 128)
     raise SystemExit(0)
 
 

@@ -8,7 +8,7 @@ map into [0, 1) (Eq. 2), then take -log(1 - error) of each element and sum (Eq. 
 
 What the paper leaves open is an argument here: the value of eps, what the maximum in Eq. 2 is taken
 over, and whether gradient flows through it. The defaults are the reading of 20 that helped most
-where it was judged on training images alone (README, "Which LAMP?"; it helped little).
+where it was judged on training images alone (results/README.md, "Which LAMP?").
 The sum in Eq. 1 is over the elements of one image, as the authors' poster writes it
 (y_{h,w,c}); a batch is averaged. Run this file to draw the paper's Fig. 2: python lamp_loss.py
 """
@@ -57,6 +57,13 @@ def ssim(y_hat, y, size=11, sigma=1.5, k1=0.01, k2=0.03):
 BASE_LOSSES = {"l1": l1, "l2": l2, "ssim": ssim}
 
 
+def largest(error, over):
+    """Eq. 2's max(L): a scalar over the "batch", or (B, 1, ..., 1) with that of each "image"."""
+    if over == "batch":
+        return error.max()
+    return error.flatten(1).amax(1).view(-1, *[1] * (error.dim() - 1))
+
+
 def scale(error, eps=0.5, over="batch", detach=True):
     """Eq. 2: L' = L / max(L) * (1 - eps), in [0, 1 - eps]: (B, ...) -> (B, ...), dtype kept.
 
@@ -77,12 +84,10 @@ def scale(error, eps=0.5, over="batch", detach=True):
     if not info.eps <= eps < 1:
         raise ValueError(f"eps must be below 1 and at least {info.eps:.1e} (or 1 - eps is rounded "
                          f"to 1 in {error.dtype}, and the logarithm infinite), got {eps}")
-    if over == "image":
-        top = error.flatten(1).amax(1).view(-1, *[1] * (error.dim() - 1))  # (B, 1, 1, 1)
-    else:
-        top = error.max()
-    top = top.detach() if detach else top
-    return error / top.clamp(min=max(info.tiny, 1e-30)) * (1 - eps)
+    maximum = largest(error, over).clamp(min=max(info.tiny, 1e-30))
+    if detach:
+        maximum = maximum.detach()
+    return error / maximum * (1 - eps)
 
 
 def lamp(error, eps=0.5, over="batch", detach=True):
@@ -98,26 +103,24 @@ def lamp(error, eps=0.5, over="batch", detach=True):
 class ReconstructionLoss(nn.Module):
     """A training loss: base error, amplified or not, summed over C, H, W (Eq. 1), mean over B.
 
-    loss: "l1", "l2" or "ssim"; lamp: amplify it; eps, over, detach: see `scale`; log: False takes
-    Eq. 2 alone, without Eq. 1's logarithm, as a control: is it the scaling or the logarithm?
+    loss: "l1", "l2" or "ssim"; lamp: amplify it; eps, over, detach: see `scale`.
     forward(y_hat, y): two (B, C, H, W) -> scalar. `base_error` then holds the loss before
     amplification, a detached scalar reduced alike. Raises ValueError for an unknown loss.
     """
 
-    def __init__(self, loss="l2", lamp=False, eps=0.5, over="batch", detach=True, log=True):
+    def __init__(self, loss="l2", lamp=False, eps=0.5, over="batch", detach=True):
         super().__init__()
         if loss not in BASE_LOSSES:
             raise ValueError(f"loss must be one of {', '.join(BASE_LOSSES)}, got {loss!r}")
-        self.loss, self.lamp = loss, lamp
-        self.eps, self.over, self.detach, self.log = eps, over, detach, log
+        self.base_loss, self.amplify = BASE_LOSSES[loss], lamp
+        self.eps, self.over, self.detach = eps, over, detach
         self.base_error = None
 
     def forward(self, y_hat, y):
-        error = BASE_LOSSES[self.loss](y_hat, y)                        # (B, C, H, W)
+        error = self.base_loss(y_hat, y)                                # (B, C, H, W)
         self.base_error = error.detach().sum() / len(y)
-        if self.lamp:
-            amplify = lamp if self.log else scale
-            error = amplify(error, self.eps, self.over, self.detach)
+        if self.amplify:
+            error = lamp(error, self.eps, self.over, self.detach)
         return error.sum() / len(y)
 
 
@@ -127,22 +130,24 @@ def figure_2(path, eps=0.1):
     One pixel's error y_hat - y runs from -1 to 1; Eq. 2's maximum is that range's, 1.
     """
     from matplotlib.figure import Figure
+    error = (torch.arange(-200.0, 201.0) / 200).requires_grad_()
+    columns = []
     figure = Figure(figsize=(8, 5.4), layout="constrained")
-    axes = figure.subplots(2, 2)
-    error, columns = (torch.arange(-200.0, 201.0) / 200).requires_grad_(), []
-    for row, (name, base) in zip(axes, (("1", l1), ("2", l2))):
-        plain = base(error, torch.zeros_like(error))
-        for value, label in ((plain, ""), (lamp(plain[None], eps)[0], "^{LAMP}")):
-            slope, = torch.autograd.grad(value.sum(), error, retain_graph=True)
-            for axis, y in zip(row, (value, slope)):
-                axis.plot(error.detach(), y.detach(), label=rf"$\mathcal{{L}}_{name}{label}$")
-                columns.append(y.tolist())
-        row[0].legend()
-        row[0].set(xlabel=r"$\hat{y} - y$", ylabel="loss")
-        row[1].set(xlabel=r"$\hat{y} - y$", ylabel="gradient")
+    for base_loss, name, panels in zip((l1, l2), ("L_1", "L_2"), figure.subplots(2, 2)):
+        plain = base_loss(error, torch.zeros_like(error))
+        amplified = lamp(plain[None], eps)[0]                           # a batch of one
+        for loss, label in ((plain, f"${name}$"), (amplified, f"${name}^{{LAMP}}$")):
+            slope, = torch.autograd.grad(loss.sum(), error, retain_graph=True)
+            panels[0].plot(error.detach(), loss.detach(), label=label)
+            panels[1].plot(error.detach(), slope)
+            columns += [loss.tolist(), slope.tolist()]
+        panels[0].set(xlabel=r"$\hat{y} - y$", ylabel="loss")
+        panels[0].legend()
+        panels[1].set(xlabel=r"$\hat{y} - y$", ylabel="gradient")
     print(" error       L1    slope  L1-LAMP    slope       L2    slope  L2-LAMP    slope")
-    for i in range(200, 401, 25):
-        print(f"{i / 200 - 1:6.3f}" + "".join(f"{column[i]:9.3f}" for column in columns))
+    for i in range(200, 401, 25):                                       # symmetric: from 0 on
+        numbers = [f"{column[i]:9.3f}" for column in columns]
+        print(f"{i / 200 - 1:6.3f}", *numbers, sep="")
     figure.supxlabel(f"python lamp_loss.py --eps {eps}", fontsize=8)
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
