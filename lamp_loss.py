@@ -124,6 +124,30 @@ class ReconstructionLoss(nn.Module):
         return error.sum() / len(y)
 
 
+class HeldLamp(nn.Module):
+    """LAMP as a function of the weights, to draw (landscape.py): Eq. 2's maximum does not move.
+
+    To a training step the maximum is a constant, that at its weights; away from them errors exceed
+    it, and 1 - L' would be negative. So here it is the largest error of all points that are drawn,
+    of all images together (over="batch") or of each ("image"): `observe` every point, then call.
+    """
+
+    def __init__(self, loss="l2", eps=0.5, over="batch"):
+        super().__init__()
+        self.base_loss, self.eps, self.over = BASE_LOSSES[loss], eps, over
+        self.maximum = torch.tensor(1e-30)
+
+    def observe(self, y_hat, y):
+        """Raise the maximum to these errors -> their own maximum (mean over images)."""
+        here = largest(self.base_loss(y_hat, y), self.over)
+        self.maximum = torch.maximum(here, self.maximum)
+        return here.mean()
+
+    def forward(self, y_hat, y):
+        scaled = self.base_loss(y_hat, y) / self.maximum * (1 - self.eps)
+        return -torch.log1p(-scaled).sum() / len(y)
+
+
 def figure_2(path, eps=0.1):
     """The paper's Fig. 2: L1, L2, their LAMP and the gradients, as a table and a picture at path.
 

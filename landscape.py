@@ -5,24 +5,23 @@ directions d, e around the weights w,  f(a, b) = loss(w + a d + b e),  is steepe
 filter of a direction is scaled to the norm of the same filter in w, so that models compare.
 
     python landscape.py                a linear model's paraboloid against its closed form
-    python landscape.py RUN RUN...     2-D, 3-D and 1-D pictures of runs of train.py, side by side
+    python landscape.py RUN RUN...     runs of train.py side by side, as solids and contours
     python landscape.py --figure 1     the paper's Fig. 1: autoencoders trained with L2 and L2-LAMP
     python landscape.py --figure 3     the paper's Fig. 3: an encoder that predicts MNIST's classes
-    python landscape.py --steepness    three meanings of "steeper", measured with intervals
+    python landscape.py --steepness    three meanings of "steeper", measured: rows of a CSV
 
 On your own model, whatever it is and however its loss is computed:
     d, e = (random_direction(model.parameters(), seed) for seed in (0, 1))
     loss_at = around(model, lambda: float(my_loss(model(x), y)), d, e)
     z = surface(loss_at, xs, ys, "my.npz")       # Ctrl-C loses nothing, a rerun goes on
 
-With `detach` (see lamp_loss.py) the surface drawn is not quite the one that training descends:
-drawn is LAMP's value, in which Eq. 2's maximum moves; training holds it still at each step.
+What is drawn is what training descends: with `detach` (see lamp_loss.py) Eq. 2's maximum is a
+constant to the gradient, so here it is held, too, at the largest error of all points that are
+drawn (`HeldLamp`). --maximum moving: LAMP's own value, whose maximum is each point's own.
 """
 import argparse
 import itertools
-import json
 import os
-import shlex
 import textwrap
 import time
 import zlib
@@ -30,6 +29,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -37,7 +38,7 @@ import evaluate as ev
 import train
 from autoencoder import ConvAutoencoder, reestimate_batch_norm
 from data import DATASETS, resize, to_float
-from lamp_loss import ReconstructionLoss
+from lamp_loss import HeldLamp, ReconstructionLoss
 
 
 # ---- directions and surfaces ----
@@ -46,12 +47,12 @@ def filter_normalize(d, w):
     """Each filter (slice along dimension 0) of direction d gets the norm of that filter in w.
 
     Two tensors of one parameter -> one like them; zeros where w.dim() <= 1 (biases, batch norm).
-    Nothing here is a transposed convolution, whose filters lie along dimension 1.
     """
     if w.dim() <= 1:
         return torch.zeros_like(w)
-    norms = [t.flatten(1).norm(dim=1).view(-1, *[1] * (w.dim() - 1)) for t in (d, w)]
-    return d * (norms[1] / (norms[0] + 1e-10))
+    norm_of_d, norm_of_w = d.flatten(1).norm(dim=1), w.flatten(1).norm(dim=1)   # (filters,)
+    ratio = norm_of_w / (norm_of_d + 1e-10)
+    return d * ratio.view(-1, *[1] * (w.dim() - 1))
 
 
 def random_direction(parameters, seed):
@@ -67,8 +68,8 @@ def around(model, loss, d, e):
 
     @torch.no_grad()
     def loss_at(a, b):
-        for p, w, x, y in zip(model.parameters(), weights, d, e):
-            p.copy_(w + a * x + b * y)
+        for p, w, along_d, along_e in zip(model.parameters(), weights, d, e):
+            p.copy_(w + a * along_d + b * along_e)
         return loss()
     return loss_at
 
@@ -85,15 +86,17 @@ def surface(loss_at, xs, ys, path=None):
             if not (np.array_equal(saved["xs"], xs) and np.array_equal(saved["ys"], ys)):
                 raise ValueError(f"{path} is of another grid: delete it, or name another --out")
             z = saved["z"]
-    todo, start, saved_at = np.argwhere(np.isnan(z)), time.perf_counter(), time.perf_counter()
+    todo = np.argwhere(np.isnan(z))
+    start = reported = time.perf_counter()
     try:
         for count, (i, j) in enumerate(todo, 1):
             z[i, j] = loss_at(float(xs[i]), float(ys[j]))
             now = time.perf_counter()
-            if path and now - saved_at > 5:
-                write_surface(path, z, xs, ys)
-                saved_at, left = now, (now - start) / count * (len(todo) - count)
-                print(f"{path}: {count} of {len(todo)} points, {left:.0f} s left", flush=True)
+            if now - reported > 5:
+                reported, left = now, (now - start) / count * (len(todo) - count)
+                print(f"{count} of {len(todo)} points, {left:.0f} s left", flush=True)
+                if path:
+                    write_surface(path, z, xs, ys)
     finally:
         if len(todo):
             loss_at(0.0, 0.0)                               # the weights as they were
@@ -108,6 +111,21 @@ def write_surface(path, z, xs, ys):
     os.replace(f"{path}.tmp.npz", path)
 
 
+def model_surface(model, criterion, x, y, xs, seed=0, path=None):
+    """The surface of criterion(model(x), y) around a model, on two directions drawn from `seed`."""
+    model.eval()
+    d, e = (random_direction(model.parameters(), 2 * seed + i) for i in (0, 1))
+
+    def surface_of(value, path):
+        loss_at = around(model, lambda: float(value(model(x), y)), d, e)
+        return surface(loss_at, xs, xs, path)
+    if isinstance(criterion, HeldLamp):
+        center = surface_of(criterion.observe, None)[len(xs) // 2, len(xs) // 2]
+        print(f"Eq. 2's maximum is {center:.3f} at the trained weights, held at "
+              f"{float(criterion.maximum.mean()):.3f}")
+    return surface_of(criterion, path)
+
+
 def steepness(z, xs, ys):
     """How steep a surface is -> {gradient, curvature, and both divided by the loss at the center}.
 
@@ -115,69 +133,67 @@ def steepness(z, xs, ys):
     the second differences along both axes. Divided by the center they do not see the loss's scale.
     """
     gradient = np.hypot(*np.gradient(z, xs, ys)).mean()
-    second = (np.diff(z, 2, axis=0).mean() / (xs[1] - xs[0]) ** 2
-              + np.diff(z, 2, axis=1).mean() / (ys[1] - ys[0]) ** 2) / 2
+    along_x = np.diff(z, 2, axis=0).mean() / (xs[1] - xs[0]) ** 2
+    along_y = np.diff(z, 2, axis=1).mean() / (ys[1] - ys[0]) ** 2
+    curvature = (along_x + along_y) / 2
     center = z[len(xs) // 2, len(ys) // 2]
-    return {"gradient": gradient, "curvature": second, "gradient / loss": gradient / center,
-            "curvature / loss": second / center}
-
-
-def model_surface(model, criterion, x, y, xs, seed=0, path=None, recompute=False):
-    """The surface of criterion(model(x), y) around a model, on two directions drawn from `seed`."""
-    model.eval()
-    d, e = (random_direction(model.parameters(), 2 * seed + i) for i in (0, 1))
-
-    def loss():
-        if recompute:
-            reestimate_batch_norm(model, [x])
-        return float(criterion(model(x), y))
-    return surface(around(model, loss, d, e), xs, xs, path)
+    return {"gradient": gradient, "curvature": curvature, "gradient_per_loss": gradient / center,
+            "curvature_per_loss": curvature / center}
 
 
 # ---- pictures ----
 
-def draw(path, panels, xs, footer, rows=1, solid=True):
-    """panels: [(title, z), ...] on one color scale: contour lines in several rows (Fig. 3), or each
-    with the surface and its contour projection above (Fig. 1) and cuts through the center below."""
-    everything = np.concatenate([z.ravel() for _, z in panels])
-    low, high = everything.min(), np.quantile(everything, 0.97)             # corners may tower
-    style = dict(levels=np.linspace(low, high, 31), vmin=low, vmax=high, cmap="viridis")
-    columns, rows = len(panels) // rows, 3 if solid else rows
-    figure = Figure(figsize=(3.6 * columns + 0.6, 3.3 * rows), layout="constrained")
+def draw_contours(axis, xs, z, levels):
+    """Contour lines of one panel; a cross marks the trained weights."""
+    if ((z.min() < levels) & (levels < z.max())).any():
+        axis.contour(xs, xs, z.T, levels=levels, vmin=levels[0], vmax=levels[-1], cmap="viridis")
+    else:
+        axis.text(0, 0, f"flat: {z.min():.3g} to {z.max():.3g}\n", ha="center")
+    axis.plot(0, 0, "+", color="red", markersize=10)
+    axis.set(xlabel="direction d", ylabel="direction e", aspect="equal")
+
+
+def draw(path, panels, args, what, rows=1, solid=True):
+    """panels: [(title, z), ...], all with the same contour levels and colors: contours in several
+    rows (Fig. 3), or in one row below their solids (Fig. 1). Corners that tower are cut off."""
+    xs, values = args.xs, np.concatenate([z.ravel() for _, z in panels])
+    if not np.isfinite(values).all():
+        raise ValueError("the loss is not finite at some points: lower --span")
+    low, high = values.min(), np.quantile(values, 0.97)
+    high = high if high > low else low + 1                  # flat
+    columns, rows = len(panels) // rows, 2 if solid else rows
+    figure = Figure((4.2 * columns + 0.8, 4.0 * rows), layout="constrained")
     for n, (title, z) in enumerate(panels, 1):
-        flat = figure.add_subplot(rows, columns, n + columns * solid)
-        lines = flat.contour(xs, xs, z.T, **style)
-        flat.set(xlabel="direction d", ylabel="direction e", aspect="equal", title=title)
+        flat = figure.add_subplot(rows, columns, n + columns * solid, title="" if solid else title)
+        draw_contours(flat, xs, z, np.linspace(low, high, 31))
         if solid:
-            top = figure.add_subplot(rows, columns, n, projection="3d")
+            top = figure.add_subplot(rows, columns, n, projection="3d", title=title)
             a, b = np.meshgrid(xs, xs, indexing="ij")
-            top.plot_surface(a, b, z, cmap="viridis", vmin=low, vmax=high, rcount=60, ccount=60)
-            top.contour(a, b, z, zdir="z", offset=0, **style)
-            top.set(zlim=(0, everything.max()), xlabel="d", ylabel="e")
-            cut = figure.add_subplot(rows, columns, n + 2 * columns)
-            cut.plot(xs, z[:, len(xs) // 2], label="along d")
-            cut.plot(xs, z[len(xs) // 2], label="along e")
-            cut.set(xlabel="step along the direction", ylabel="loss", ylim=(0, high))
-            cut.legend(fontsize=8)
-    figure.colorbar(lines, ax=figure.axes, shrink=0.5, format="%.3g", label="loss of an image")
-    figure.supxlabel("\n".join(textwrap.wrap(footer, 32 * columns)), fontsize=7)
+            top.plot_surface(a, b, z.clip(max=high), cmap="viridis", vmin=low, vmax=high)
+            top.set(zlim=(min(low, 0), high), xlabel="d", ylabel="e")
+    colors = ScalarMappable(Normalize(low, high), "viridis")
+    figure.colorbar(colors, ax=figure.axes, shrink=0.5, format="%.3g", label="loss of an image")
+    text = (f"{what}, {args.images} images; +: the trained weights; directions of seed "
+            f"{args.seed}, filter-normalized; {args.grid} x {args.grid} points; Eq. 2's maximum "
+            f"{args.maximum}")
+    figure.supxlabel("\n".join(textwrap.wrap(text, 40 * columns)), fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
 
-def footer(args, what):
-    return (f"{what}, {args.images} images; directions of seed {args.seed}, filter-normalized; "
-            f"{args.grid} x {args.grid} points; batch norm statistics {args.bn}")
+# ---- the models that are drawn, and their losses ----
+
+READING = dict(eps=0.1, over="batch")                       # of the figures and of --steepness
 
 
-def grid_of(args):
-    xs = np.linspace(-args.span, args.span, args.grid)
-    xs[args.grid // 2] = 0.0                                # exactly the trained weights
-    return xs
+def criterion_of(args, loss, lamp, eps, over, detach=True):
+    if lamp and detach and args.maximum == "held":
+        return HeldLamp(loss, eps, over)
+    return ReconstructionLoss(loss, lamp, eps, over)
 
 
-def load_with_images(run, args):
+def open_run(run, args):
     """A run -> (config, model, its first training images as the model sees them)."""
     state, model = ev.load_run(run)
     c = {**state["config"], "data_dir": args.data_dir or state["config"]["data_dir"]}
@@ -185,48 +201,20 @@ def load_with_images(run, args):
     return c, model, inputs.prepare(inputs.train[:args.images])
 
 
-def compare_runs(runs, args, out):
-    """Runs side by side (Fig. 1): same seed of directions, axes and contour levels; same images, if
-    the runs have data set and seed in common."""
-    loaded, panels = [load_with_images(run, args) for run in runs], []
-    shapes = [[p.shape for p in model.parameters()] for _, model, _ in loaded]
-    for number, (c, model, x) in enumerate(loaded):
-        if shapes[number] != shapes[0]:
-            raise ValueError(f"{runs[number]} is of another architecture than {runs[0]}")
-        loss, lamp = (c["loss"], c["lamp"]) if args.under == "own" else (args.under, False)
-        reading = c["eps"], c["over"], c["detach"], c.get("log", True)
-        criterion = ReconstructionLoss(loss, lamp, *reading)
-        known = b"".join(t.numpy().tobytes() for t in (*model.state_dict().values(), x))
-        options = f"{zlib.crc32(known):08x}-{args.under}-{args.bn}-s{args.seed}"
-        path = f"{Path(out).with_suffix('')}-{options}.npz"
-        z = model_surface(model, criterion, x, x, grid_of(args), args.seed, path,
-                          args.bn == "recompute")
-        name = c["loss"].upper() + "-LAMP" * c["lamp"]
-        panels.append((f"{name}, batch size {c['batch_size']}\nunder {args.under} loss", z))
-    draw(out, panels, grid_of(args), footer(args, ", ".join(runs)))
-
-
-# ---- what the paper draws, and what it suggests ----
-
-# LAMP as steep as it still trains well, nearer than the default to the paper's "slightly less
-# than 1"; with learning rate and code of the time when the README's figures were made
-STEEP = dict(eps=0.1, over="image")
-TRAINED = "--eps 0.1 --over image --latent 16 --lr 1e-3".split()
-
-
-def train_pair(batch_size, seed, args):
-    """Autoencoders of MNIST's digit 3, L2 and L2-LAMP, same start and order -> two run folders."""
-    folders = []
-    for lamp in ([], ["--lamp"]):
-        out = f"runs/landscape/mnist-3-l2{''.join(lamp)}-b{batch_size}-e{args.epochs}-s{seed}"
-        argv = ["--dataset", "mnist", "--normal", "3", "--batch-size", str(batch_size), "--seed",
-                str(seed), "--epochs", str(args.epochs), "--data-dir", args.data_dir or "data",
-                "--eval-every", "0", "--no-pictures", "--resume", "--out", out, *lamp, *TRAINED,
-                "--threads", str(args.threads)]
-        if train.run(train.parse(argv)[1], shlex.join(["python", "train.py", *argv])):
-            raise KeyboardInterrupt                         # caught there, to save; here, to stop
-        folders.append(out)
-    return folders
+def train_run(lamp, batch_size, seed, args):
+    """An autoencoder of MNIST's digit 3, L2 or L2-LAMP -> its folder, where it may be already."""
+    name = f"mnist-3-{'l2-lamp' if lamp else 'l2'}-b{batch_size}-e{args.epochs}-s{seed}"
+    argv = ["--dataset=mnist", "--normal=3", "--latent=128", "--lr=1e-3", "--eval-every=0",
+            f"--batch-size={batch_size}", f"--epochs={args.epochs}", f"--seed={seed}",
+            f"--eps={READING['eps']}", f"--over={READING['over']}", f"--threads={args.threads}",
+            f"--data-dir={args.data_dir or 'data'}", f"--out=runs/landscape/{name}", "--resume",
+            "--no-pictures", *(["--lamp"] if lamp else [])]
+    try:
+        train.main(argv)
+    except SystemExit as stop:
+        if stop.code:
+            raise                                           # train.py has said why
+    return f"runs/landscape/{name}"
 
 
 def train_classifier(lamp, batch_size, seed, args):
@@ -235,13 +223,34 @@ def train_classifier(lamp, batch_size, seed, args):
     (images, labels), _, _ = DATASETS["mnist"](Path(args.data_dir or "data"))
     x, y = resize(images[:10000], 32), torch.eye(10)[labels[:10000]]
     torch.manual_seed(seed)
-    encoder = ConvAutoencoder(latent=16).encoder                            # (B, 16, 2, 2)
-    model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(64, 10), nn.Sigmoid())
+    encoder = ConvAutoencoder(latent=128).encoder                           # (B, 128, 2, 2)
+    model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(512, 10), nn.Sigmoid())
     print(f"encoder, {'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}, seed {seed}")
-    train.fit(model, x, ReconstructionLoss("l2", lamp, **STEEP), y, epochs=args.epochs,
+    train.fit(model, x, ReconstructionLoss("l2", lamp, **READING), y, epochs=args.epochs,
               batch_size=batch_size, seed=seed)
     reestimate_batch_norm(model, to_float(x).split(250))
     return model, to_float(x[:args.images]), y[:args.images]
+
+
+# ---- what the paper draws, and what it suggests ----
+
+def compare_runs(runs, args, out):
+    """Runs side by side (Fig. 1): same directions, and same images where data set and seed are."""
+    loaded = [open_run(run, args) for run in runs]
+    shapes = [[p.shape for p in model.parameters()] for _, model, _ in loaded]
+    panels = []
+    for number, (c, model, x) in enumerate(loaded):
+        if shapes[number] != shapes[0]:
+            raise ValueError(f"{runs[number]} is of another architecture than {runs[0]}")
+        loss, lamp = (c["loss"], c["lamp"]) if args.under == "own" else (args.under, False)
+        criterion = criterion_of(args, loss, lamp, c["eps"], c["over"], c["detach"])
+        content = b"".join(t.numpy().tobytes() for t in (*model.state_dict().values(), x))
+        options = f"{args.under} {args.maximum} {args.seed}".encode()
+        path = f"{Path(out).with_suffix('')}-{zlib.crc32(content + options):08x}.npz"
+        z = model_surface(model, criterion, x, x, args.xs, args.seed, path)
+        name = c["loss"].upper() + ("-LAMP" if c["lamp"] else "")
+        panels.append((f"{name}, batch size {c['batch_size']}, under {args.under} loss", z))
+    draw(out, panels, args, ", ".join(runs))
 
 
 def figure_3(args, out):
@@ -249,52 +258,69 @@ def figure_3(args, out):
     panels = []
     for lamp, batch_size in itertools.product((False, True), (128, 16, 4)):
         model, x, y = train_classifier(lamp, batch_size, args.seed, args)
-        z = model_surface(model, ReconstructionLoss("l2", lamp, **STEEP), x, y, grid_of(args),
-                          args.seed, recompute=args.bn == "recompute")
+        criterion = criterion_of(args, "l2", lamp, **READING)
+        z = model_surface(model, criterion, x, y, args.xs, args.seed)
         panels.append((f"{'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}", z))
-    text = footer(args, f"encoders that predict MNIST's classes, {args.epochs} epochs")
-    draw(out, panels, grid_of(args), text, rows=2, solid=False)
+    what = f"encoders that predict MNIST's classes, {args.epochs} epochs"
+    draw(out, panels, args, what, rows=2, solid=False)
 
 
-MEANINGS = {"a": "the L2 model seen through LAMP",
-            "b": "each model under its own loss, as in the paper", "c": "both models under L2"}
+def mean_steepness(model, lamp, x, y, seed, args):
+    """`steepness` under L2 or L2-LAMP, as an array: its mean over four pairs of directions."""
+    found = []
+    for pair in range(4):
+        criterion = criterion_of(args, "l2", lamp, **READING)
+        z = model_surface(model, criterion, x, y, args.xs, 10 * seed + pair)
+        found.append([*steepness(z, args.xs, args.xs).values()])
+    return np.mean(found, axis=0)
 
 
-def measure_steepness(kind, batch_size, seed, args):
-    """{meaning: {measure: LAMP / L2}}, means over four pairs of directions."""
-    if kind == "autoencoder":
-        (_, plain, x), (_, amplified, _) = (load_with_images(run, args)
-                                            for run in train_pair(batch_size, seed, args))
-        y = x
-    else:
-        (plain, x, y), (amplified, _, _) = (train_classifier(lamp, batch_size, seed, args)
-                                            for lamp in (False, True))
-    l2, lamp, totals = ReconstructionLoss("l2"), ReconstructionLoss("l2", True, **STEEP), {}
-    for name, model, criterion in (("base", plain, l2), ("a", plain, lamp), ("b", amplified, lamp),
-                                   ("c", amplified, l2)):
-        each = [steepness(model_surface(model, criterion, x, y, grid_of(args), 10 * seed + pair),
-                          grid_of(args), grid_of(args)) for pair in range(4)]
-        totals[name] = {key: sum(s[key] for s in each) for key in each[0]}
-    return {name: {key: totals[name][key] / totals["base"][key] for key in totals[name]}
-            for name in MEANINGS}
+def measure_steepness(network, batch_size, seed, args):
+    """How many times steeper LAMP is than L2, by three meanings -> three lines of the CSV.
+
+    a: the L2 model seen through LAMP; b: each model under its own loss, as in the paper; c: both
+    models under L2.
+    """
+    models = []
+    for lamp in (False, True):
+        if network == "autoencoder":
+            _, model, x = open_run(train_run(lamp, batch_size, seed, args), args)
+            y = x
+        else:
+            model, x, y = train_classifier(lamp, batch_size, seed, args)
+        models.append(model)
+    plain, amplified = models
+    base, lines = mean_steepness(plain, False, x, y, seed, args), ""
+    for compared, model, lamp in (("a", plain, True), ("b", amplified, True),
+                                  ("c", amplified, False)):
+        ratios = mean_steepness(model, lamp, x, y, seed, args) / base
+        cells = ",".join(f"{ratio:.4f}" for ratio in ratios)
+        lines += f"{network},{batch_size},{seed},{compared},{cells}\n"
+    return lines
 
 
-def steepness_table(args, out):
-    """How many times steeper LAMP is, by three meanings: ratios, 95 % intervals over 3 seeds."""
-    lines, results = [], {}
-    for kind, batch_size in itertools.product(("autoencoder", "classifier"), (128, 16, 4)):
-        ratios = [measure_steepness(kind, batch_size, seed, args) for seed in range(3)]
-        results[f"{kind}-{batch_size}"] = ratios
-        for name, meaning in MEANINGS.items():
-            values = {key: [r[name][key] for r in ratios] for key in ratios[0][name]}
-            cells = [f"{np.mean(v):.2f} ± {ev.interval(v):.2f}" for v in values.values()]
-            lines.append(f"| {kind} | {batch_size} | ({name}) {meaning} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-    lines[:0] = [f"| network | batch size | compared | {' | '.join(values)} |", "|---" * 7 + "|"]
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text("\n".join(lines) + "\n")
-    Path(out).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    print("\n".join([*lines, f"wrote {out}"]))
+def measure_all(args, out):
+    """Steepness of 2 networks x 3 batch sizes x 3 seeds, appended to a CSV as each ends; what is
+    there already is not measured again. Raises ValueError where that has other options."""
+    head = (f"# LAMP / L2; images={args.images} grid={args.grid} span={args.span:g} epochs="
+            f"{args.epochs} eps={READING['eps']} over={READING['over']} maximum={args.maximum} "
+            f"torch={torch.__version__}\nnetwork,batch_size,seed,compared,gradient,curvature,"
+            "gradient_per_loss,curvature_per_loss\n")
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(head)
+    known = path.read_text()
+    if not known.startswith(head):
+        raise ValueError(f"{out} was measured with other options: delete it, or name another --out "
+                         f"(expected: {head.splitlines()[0]})")
+    for task in itertools.product(("autoencoder", "classifier"), (128, 16, 4), range(3)):
+        if ",".join(map(str, task)) + ",c," not in known:
+            lines = measure_steepness(*task, args)
+            with path.open("a") as file:
+                file.write(lines)
+            print(lines, end="", flush=True)
+    print(f"wrote {out}")
 
 
 # ---- the command ----
@@ -306,12 +332,9 @@ def paraboloid():
     d, e = (random_direction(model.parameters(), seed) for seed in (0, 1))
     z = surface(around(model, lambda: float((model(x) - y).square().sum()), d, e), xs, xs)
     r, u, v = (model(x) - y).detach(), x @ d[0].T, x @ e[0].T              # d, e: zero for the bias
-    print("    a     b   surface   r^2 + 2a ru + 2b rv + a^2 u^2 + b^2 v^2 + 2ab uv")
+    print("    a     b   surface   |r + a u + b v|^2")
     for (i, a), (j, b) in itertools.product(enumerate(xs), enumerate(xs)):
-        closed = ((r * r).sum() + 2 * a * (r * u).sum() + 2 * b * (r * v).sum()
-                  + a * a * (u * u).sum() + b * b * (v * v).sum() + 2 * a * b * (u * v).sum())
-        print(f"{a:5.1f} {b:5.1f} {z[i, j]:9.3f} {float(closed):9.3f}")
-    print("See --help for the landscapes of runs, and the paper's figures.")
+        print(f"{a:5.1f} {b:5.1f} {z[i, j]:9.3f} {float((r + a * u + b * v).square().sum()):9.3f}")
 
 
 def parse(argv):
@@ -322,8 +345,8 @@ def parse(argv):
     add("--steepness", action="store_true", help="measure three meanings of steeper, 3 seeds")
     add("--under", choices=("own", "l1", "l2", "ssim"), default="own",
         help="the loss that is drawn: each run's own, or one for all (default: own)")
-    add("--bn", choices=("frozen", "recompute"), default="frozen",
-        help="batch norm statistics: the trained model's, or anew at each point (default: frozen)")
+    add("--maximum", choices=("held", "moving"), default="held",
+        help="Eq. 2's, of LAMP: of all points drawn, or of each point its own (default: held)")
     add("--grid", type=int, help="points a side, odd (default: 51; 11 for --steepness)")
     add("--span", type=float, default=1.0, help="largest step, in weights' norms (default: 1)")
     add("--images", type=int, help="training images the loss is of (default: 1024; 128)")
@@ -331,12 +354,11 @@ def parse(argv):
     add("--epochs", type=int, default=4, help="of a figure's training (default: 4)")
     add("--threads", type=int, default=0, help="CPU threads, 0 for all cores (default: 0)")
     add("--data-dir", help="where the data sets are (default: as in the run, or data)")
-    add("--out", help="picture or table (default: in figures, runs/landscape, results/steepness)")
+    add("--out", help="picture or CSV (default: in figures, runs/landscape, results/steepness.csv)")
     args = parser.parse_args(argv)
-    if args.grid is None:
-        args.grid = 11 if args.steepness else 51
-    if args.images is None:
-        args.images = 128 if args.steepness else 1024
+    grid, images = (11, 128) if args.steepness else (51, 1024)
+    args.grid = grid if args.grid is None else args.grid
+    args.images = images if args.images is None else args.images
     if args.grid < 3 or args.grid % 2 == 0:
         parser.error(f"--grid {args.grid}: an odd number from 3 on, so that the center is a point")
     if not 0 < args.span <= 1e3:
@@ -345,6 +367,8 @@ def parse(argv):
         parser.error("--images and --epochs start at 1, --seed and --threads at 0")
     if bool(args.runs) + bool(args.figure) + args.steepness > 1:
         parser.error("give runs, or --figure, or --steepness")
+    args.xs = np.linspace(-args.span, args.span, args.grid)
+    args.xs[args.grid // 2] = 0.0                           # exactly the trained weights
     return parser, args
 
 
@@ -354,11 +378,12 @@ def main(argv=None):
     torch.set_flush_denormal(True)
     try:
         if args.steepness:
-            steepness_table(args, args.out or "results/steepness/table.md")
+            measure_all(args, args.out or "results/steepness.csv")
         elif args.figure == 3:
             figure_3(args, args.out or "figures/figure3.png")
         elif args.figure == 1:
-            compare_runs(train_pair(32, args.seed, args), args, args.out or "figures/figure1.png")
+            runs = [train_run(lamp, 32, args.seed, args) for lamp in (False, True)]
+            compare_runs(runs, args, args.out or "figures/figure1.png")
         elif args.runs:
             compare_runs(args.runs, args, args.out or "runs/landscape/landscape.png")
         else:

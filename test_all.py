@@ -33,7 +33,7 @@ import train
 import uniad
 from autoencoder import (PCA, ConvAutoencoder, NearestToken, from_patches, reestimate_batch_norm,
                          to_patches)
-from lamp_loss import BASE_LOSSES, ReconstructionLoss, lamp, scale, ssim
+from lamp_loss import BASE_LOSSES, HeldLamp, ReconstructionLoss, lamp, scale, ssim
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, jitter, neighbor_mask
 
 HERE = Path(__file__).resolve().parent
@@ -795,9 +795,9 @@ def test_a_linear_model_under_a_quadratic_loss_is_exactly_its_paraboloid():
     close(z, [[((residual + a * u + b * v) ** 2).sum() for b in ys] for a in xs], 1e-10)
     s = landscape.steepness(z, xs, ys)
     close(s["curvature"], (u ** 2).sum() + (v ** 2).sum(), 1e-9)
-    close(s["curvature / loss"], s["curvature"] / (residual ** 2).sum(), 1e-9)
+    close(s["curvature_per_loss"], s["curvature"] / (residual ** 2).sum(), 1e-9)
     plane = landscape.steepness(3 * xs[:, None] + 4 * ys + 20, xs, ys)
-    close([plane[key] for key in ("gradient", "curvature", "gradient / loss")], [5, 0, 0.25], 1e-9)
+    close([*plane.values()], [5, 0, 0.25, 0], 1e-9)
 
 
 def test_each_filter_of_a_direction_has_the_norm_of_its_filter_in_the_weights():
@@ -813,6 +813,50 @@ def test_the_center_of_a_surface_is_the_trained_model_s_loss():
     model, x, xs = ConvAutoencoder(depth=2).eval(), torch.rand(6, 1, 16, 16), np.linspace(-1, 1, 3)
     for criterion in (ReconstructionLoss(), ReconstructionLoss(lamp=True)):
         close(landscape.model_surface(model, criterion, x, x, xs)[1, 1], criterion(model(x), x))
+
+
+@pytest.mark.parametrize("over", ("batch", "image"))
+def test_a_held_maximum_is_the_largest_error_of_all_points_and_every_point_is_finite(over):
+    model, x, y = nn.Linear(3, 2, bias=False), torch.randn(5, 3), torch.randn(5, 2)
+    xs, (d, e) = np.linspace(-1, 1, 3), (landscape.random_direction([model.weight], s)[0]
+                                         for s in (0, 1))
+    errors = np.array([[((x @ (model.weight + a * d + b * e).T - y) ** 2).tolist() for b in xs]
+                       for a in xs])                            # (3, 3, 5, 2)
+    maximum = errors.max() if over == "batch" else errors.max((0, 1, 3))[:, None]
+    z = landscape.model_surface(model, HeldLamp("l2", 0.1, over), x, y, xs)
+    close(z, -np.log(1 - 0.9 * errors / maximum).sum((2, 3)) / 5, 1e-5)
+
+
+def test_flat_surfaces_are_drawn_beside_others_without_a_warning(recwarn):
+    args = landscape.parse(["--grid", "5"])[1]
+    bowl, still = np.add.outer(args.xs ** 2, args.xs ** 2), np.zeros((5, 5))
+    for panels in ([still], [bowl, still], [bowl, still + 7], [still, bowl * 1e-9]):
+        for solid in (True, False):
+            landscape.draw("z.png", [("title", z) for z in panels], args, "what", solid=solid)
+    assert not recwarn.list
+    refused("lower --span", landscape.draw, "z.png", [("title", still + np.inf)], args, "what")
+
+
+def test_steepness_compares_two_models_and_is_gone_on_with_where_it_stopped(monkeypatch):
+    model, x = nn.Linear(3, 2), torch.rand(6, 3)
+    monkeypatch.setattr(landscape, "train_classifier", lambda *_: (model, x, torch.zeros(6, 2)))
+    args = landscape.parse("--steepness --grid 3".split())[1]
+    a, b, c = landscape.measure_steepness("classifier", 4, 0, args).splitlines()
+    assert c == "classifier,4,0,c" + 4 * ",1.0000" and a.replace(",a,", ",b,") == b
+    calls = []
+
+    def measured(*task):
+        calls.append(task[:3])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return "".join("{},{},{}".format(*task) + f",{letter},1,1,1,1\n" for letter in "abc")
+    monkeypatch.setattr(landscape, "measure_steepness", measured)
+    call(landscape.main, "--steepness --out s.csv", 130)
+    for _ in range(2):
+        call(landscape.main, "--steepness --out s.csv")
+    lines = Path("s.csv").read_text().splitlines()
+    assert len(calls) == 18 + 1 and len(lines) == len({*lines}) == 2 + 18 * 3
+    assert "other options" in call(landscape.main, "--steepness --out s.csv --grid 3", 2)
 
 
 def test_an_interrupted_surface_goes_on_and_computes_no_point_twice():
@@ -835,8 +879,9 @@ def test_an_interrupted_surface_goes_on_and_computes_no_point_twice():
 def test_landscapes_are_drawn_side_by_side_and_only_of_one_architecture():
     for options in ("a", "b --lamp", "c --latent 3"):
         call(train.main, f"{TINY} --epochs 1 --out {options}")
-    call(landscape.main, "a b --grid 3 --out z.png --under l2 --threads 1 --bn recompute")
-    assert Path("z.png").exists()
+    for options in ("--under l2", "--maximum moving", ""):
+        call(landscape.main, f"a b --grid 3 --out z.png --threads 1 {options}")
+        Path("z.png").unlink()
     assert "another architecture" in call(landscape.main, "a c --grid 3", 2)
 
 
