@@ -930,12 +930,31 @@ def test_the_readme_s_first_command_and_those_on_one_s_own_images_run():
             call(MODULES[name[:-3]].main, f"{shlex.join(argv)} {fast}")
 
 
-def test_lamp_in_your_own_loop_runs_as_printed(capsys):
-    model = ConvAutoencoder(depth=2)
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {
-        "model": model, "batches": torch.rand(3, 4, 1, 16, 16),
-        "optimizer": torch.optim.Adam(model.parameters())})
-    assert len(capsys.readouterr().out.splitlines()) == 3
+LOOPS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_lamp_in_your_own_loop_runs_as_printed_and_prints_both_on_one_scale(capsys):
+    model, y = ConvAutoencoder(depth=2), torch.rand(4, 1, 16, 16)
+    error = (model(y) - y).square().detach()
+    model.apply(lambda m: m.reset_running_stats() if isinstance(m, nn.BatchNorm2d) else None)
+    exec(LOOPS[0], {"model": model, "batches": [y] * 3,
+                    "optimizer": torch.optim.Adam(model.parameters())})
+    first, _, last = capsys.readouterr().out.splitlines()
+    assert first == f"LAMP {lamp(error).mean():.5f}, L2 {error.mean():.5f}"
+    assert float(last.split()[-1]) < float(first.split()[-1])   # L2 falls
+
+
+def test_uniad_in_your_own_code_runs_as_printed_and_finds_the_anomaly_s_place(monkeypatch):
+    small = functools.partial(UniAD, dim=16, heads=2, layers=1, hidden=16)
+    monkeypatch.setattr(uniad, "Backbone", lambda name, size: Backbone("resnet18", "random", 128))
+    monkeypatch.setattr(uniad, "UniAD", small)
+    normals = 0.5 + 0.01 * torch.randn(12, 3, 128, 128)
+    images = normals[:2].clone()
+    images[1, :, 80:96, 16:32] = 0                              # token (5, 1) of an 8 x 8 grid
+    space = {"normals": normals, "images": images, "range": lambda steps: range(steps // 20)}
+    exec(LOOPS[1], space)
+    assert space["error"].shape == (2, 8, 8) and space["error"][1].argmax() == 5 * 8 + 1
+    assert space["error"][1].max() > 2 * space["error"][0].max()
 
 
 def test_each_name_in_the_readme_s_map_of_the_papers_exists():
