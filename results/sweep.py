@@ -6,8 +6,8 @@
 
 results/experiments.py says which runs. results/NAME.csv has a row for each run, epoch judged and
 category, `mean` being the mean over a run's categories; the options that all runs share stand in
-the comment at its top. A run lives in runs/NAME/, where `log.txt` is what it printed. Only worker
-processes import PyTorch, once each. Run in the repository's folder.
+the comment at its top. A run lives in runs/NAME/, where `log.txt` is what it printed; PyTorch is
+imported by the workers alone, once each. To be run in the repository's folder.
 """
 import argparse
 import contextlib
@@ -29,9 +29,8 @@ from experiments import (EXPERIMENTS, WITH_PULL_AND_SPREAD, WithoutLogarithm, ar
                          pull_and_spread)
 
 RESULTS = Path(__file__).resolve().parent
-METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro", "threshold", "fpr", "tpr",
-           "normal_error", "anomaly_error", "pull", "spread", "from_identity", "base_error",
-           "seconds")
+METRICS = tuple("image_auroc image_ap pixel_auroc pixel_aupro threshold fpr tpr normal_error "
+                "anomaly_error pull spread from_identity base_error seconds".split())
 ALWAYS = ("--fpr", "0.05", "--threads", "1", "--no-pictures")
 
 
@@ -125,8 +124,7 @@ def train_and_measure(experiment, options, out, argv):
     """As make_run, with PyTorch imported here, for the first time in a worker."""
     import evaluate
     import train
-    argv = [*argv_of(options), *ALWAYS, "--out", str(out), *argv]
-    config = train.parse(argv)[1]
+    config = train.parse([*argv_of(options), *ALWAYS, "--out", out, *argv])[1]
     criterion = {}                                          # otherwise the config's
     if options.get("log") is False:
         eq2 = WithoutLogarithm(options["eps"], options["over"], options["detach"])
@@ -160,17 +158,18 @@ def key_of(row, columns):
     return tuple(str(row.get(key, "")) for key in columns)
 
 
+def number_or_text(text):
+    """"3e-3" and "0.003" are the same number, "l2" is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def matches(options, wanted):
-    """Whether a run has these options: {option: text}; 3e-3 is .003."""
-    for key, text in wanted.items():
-        have = str(options.get(key, ""))
-        try:
-            same = float(have) == float(text)
-        except ValueError:
-            same = have == text
-        if not same:
-            return False
-    return True
+    """Whether a run has these options, {option: text}."""
+    return all(number_or_text(str(options.get(key, ""))) == number_or_text(text)
+               for key, text in wanted.items())
 
 
 def parse_only(text, columns):
@@ -287,16 +286,14 @@ def main(argv=None):
     if args.name is None:
         list_experiments()
         raise SystemExit(0)
-    argv = ["--data-dir", args.data_dir, "--device", args.device]
+    places = ["--data-dir", args.data_dir, "--device", args.device]
     try:
-        failed = sweep(args.name, args.only, args.processes, argv)
+        failed = sweep(args.name, args.only, args.processes, places)
     except (ValueError, OSError) as error:
         parser.exit(2, f"sweep.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted: the same command goes on\n")
-    if failed:
-        parser.exit(2, f"{failed} runs failed; their log.txt says why\n")
-    raise SystemExit(0)
+    parser.exit(2 if failed else 0, f"{failed} runs failed\n" if failed else None)
 
 
 if __name__ == "__main__":

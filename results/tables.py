@@ -10,6 +10,7 @@ A row for each value of the options named by --rows, several experiments taken a
 columns mean is said in results/pairs.py; in parentheses stands the paper's number (paper.json).
 """
 import argparse
+import functools
 import json
 import re
 import shlex
@@ -44,14 +45,18 @@ COMPARED = {"a": "(a) the L2 model seen through LAMP",
 
 # ---- tables ----
 
+@functools.cache
+def paper_numbers():
+    """paper.json -> [(the words of a number's row and column, the number)]."""
+    entries = json.loads((RESULTS / "paper.json").read_text())
+    return [({*f"{e['row']} {e['column']}".lower().split()}, e["value"]) for e in entries]
+
+
 def in_paper(*words):
     """The papers' number whose words are all among these, of several that of most; or None."""
     words = {*" ".join(map(str, words)).lower().split()}
-    fits = {}
-    for entry in json.loads((RESULTS / "paper.json").read_text()):
-        named = frozenset(f"{entry['row']} {entry['column']}".lower().split())
-        if named <= words and ("lamp" in named) == ("lamp" in words):
-            fits[len(named)] = entry["value"]
+    fits = {len(named): number for named, number in paper_numbers()
+            if named <= words and ("lamp" in named) == ("lamp" in words)}
     return fits[max(fits)] if fits else None
 
 
