@@ -52,8 +52,8 @@ def read(name):
     return rows
 
 
-def complete(row):
-    """Adds what a run's row says without a column: `setting`, and that LAMP's options are void."""
+def with_setting(row):
+    """A row with what it says without a column: `setting`, and no option of LAMP without LAMP."""
     classes = str(row["normal"])
     setting = "unified" if classes == "all" or "," in classes else "separate"
     lamp = bool(row.get("lamp"))
@@ -73,7 +73,7 @@ def counts(row, metric, each_epoch):
     return last and (row["category"] != "mean" if metric in OF_CATEGORIES else whole_run)
 
 
-def order(values):
+def sort_key(values):
     return [(isinstance(value, str), value or 0) for value in values]
 
 
@@ -91,7 +91,7 @@ def cells_of(rows, keys, metric, over):
     if not lists:
         raise ValueError(f"no run with {metric} here")
     cells = {}
-    for values in sorted(lists, key=order):
+    for values in sorted(lists, key=sort_key):
         plain, lamp = ({unit: float(np.mean(numbers)) for unit, numbers in side.items()}
                        for side in lists[values])
         partner = tuple(None if key in OF_LAMP else value for key, value in zip(keys, values))
@@ -129,13 +129,13 @@ def best_cells(rows, keys, metric, options, chosen_on):
                 known = {**dict(zip(kept, values)), "category": category}
                 place = tuple(known[key] for key in keys)
                 best[place][side][category] = pick(settings, category, chosen_on)[category]
-    return {values: best[values] for values in sorted(best, key=order)}
+    return {values: best[values] for values in sorted(best, key=sort_key)}
 
 
 def cells_for(experiments, keys, metric="image_auroc", best_of=(), chosen_on="itself",
               over="categories", where=()):
     """What a table is made of, from the experiments' names on; where: {option: allowed values}."""
-    rows = [complete(row) for name in experiments for row in read(name)]
+    rows = [with_setting(row) for name in experiments for row in read(name)]
     for option, allowed in dict(where).items():
         if option not in rows[0]:
             raise ValueError(f"--where: no {option} here; there are {', '.join(rows[0])}")

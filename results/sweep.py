@@ -201,13 +201,13 @@ def last_of(rows):
     return next(row for row in reversed(rows) if row.get("seconds") not in (None, ""))
 
 
-def compare(before, after):
+def compare(held, made):
     """Print a run that was made again beside what the CSV holds."""
     print(f"{'':<16}{'in the CSV':>14}{'now':>14}{'difference':>14}")
     for key in METRICS:
-        if before.get(key) and after.get(key) is not None:
-            was, now = float(before[key]), float(after[key])
-            print(f"{key:<16}{was:>14.6g}{now:>14.6g}{now - was:>+14.2g}")
+        if held.get(key) and made.get(key) is not None:
+            old, new = float(held[key]), float(made[key])
+            print(f"{key:<16}{old:>14.6g}{new:>14.6g}{new - old:>+14.2g}")
 
 
 def make_all(jobs, processes):
@@ -231,7 +231,7 @@ def make_all(jobs, processes):
 
 def plan(name, only, argv):
     """What there is to make: arguments of make_run, one tuple a run. That is what the CSV lacks,
-    or of the runs that `only` names all: one that the CSV has is made again, in a fresh folder."""
+    or all that `only` names; a run that the CSV has starts afresh, others go on."""
     runs = list(EXPERIMENTS[name]())
     columns = columns_of(runs)
     done = {key_of(row, columns) for row in read_csv(RESULTS / f"{name}.csv")[1]}
@@ -240,11 +240,11 @@ def plan(name, only, argv):
         raise ValueError(f"--only {only}: {name} has no such run")
     jobs = []
     for options in chosen:
-        folder = f"runs/{name}/{name_of(options, columns)}"
-        if key_of(options, columns) not in done:
-            jobs.append((name, options, folder, [*argv, "--resume"]))
-        elif only:
-            jobs.append((name, options, f"{folder}-again", [*argv, "--overwrite"]))
+        known = key_of(options, columns) in done
+        if only or not known:
+            start = "--overwrite" if known else "--resume"
+            folder = f"runs/{name}/{name_of(options, columns)}"
+            jobs.append((name, options, folder, [*argv, start]))
     return jobs
 
 
