@@ -1,0 +1,260 @@
+"""Experiments: the runs behind each table of results/README.md, by name.
+
+Each function yields its runs, each a dict of options of train.py. All options that a number depends
+on are named here, so that other defaults in train.py change no experiment; `eval_every` alone
+changes no number, but says which epochs are judged on the way. Made by `python results/sweep.py`.
+"""
+
+# ---- which runs ----
+
+PLAIN = dict(lamp=False)
+LAMP = dict(lamp=True, over="batch", eps=0.5, detach=True)
+STEEP = dict(lamp=True, over="image", eps=0.1, detach=True)
+AUTOENCODER = dict(
+    validate=False, model="ae", width=16, kernel_size=3, patches=1, loss="l2", optimizer="adam",
+    schedule="cosine", weight_decay=0.0, clip=0.0, reestimate=True, score="sum", seed=0,
+    eval_every=0)
+MNIST = dict(AUTOENCODER, dataset="mnist", image_size=32, depth=4, latent=8, batch_size=32, lr=3e-3,
+             epochs=8)
+MVTEC = dict(AUTOENCODER, dataset="mvtec", image_size=128, depth=6, latent=16, batch_size=16,
+             lr=1e-3, epochs=30)
+FEATURES = dict(
+    dataset="mvtec", normal="all", validate=False, image_size=224, backbone="efficientnet_lite2",
+    backbone_weights="imagenet", standardize=True, loss="l2", lamp=False, optimizer="adamw",
+    lr=4e-4, schedule="step", weight_decay=1e-4, clip=0.1, batch_size=8, epochs=10, amp=True,
+    score="max", seed=0, eval_every=0)
+UNIAD = dict(FEATURES, model="uniad", depth=4, neighbors=7, jitter=20.0, query="layerwise")
+MLP = dict(FEATURES, model="mlp", depth=5, neighbors=0, jitter=0.0, query="none")
+CNN = dict(MLP, model="cnn", depth=6)
+TRANSFORMER = dict(MLP, model="transformer", depth=4, query="first")
+DIGITS = "0123456789"
+CATEGORIES = ("bottle", "capsule", "transistor")
+TUNED = (                                                   # batch size, learning rate, epochs
+    (1024, 3e-3, 8), (128, 3e-3, 8), (32, 3e-3, 8), (16, 3e-3, 8), (4, 1e-3, 4), (1, 1e-3, 2))
+
+
+def reading():
+    """what Eq. 2 leaves open: 20 readings of LAMP, on training images (two digits, the best ten)"""
+    readings = [PLAIN]
+    for over in ("image", "batch"):
+        for detach in (True, False):
+            for eps in (0.5, 0.1, 0.01, 0.001, 1e-6):
+                readings.append(dict(lamp=True, over=over, detach=detach, eps=eps))
+    best = [r for r in readings if r is PLAIN or (r["detach"] and r["eps"] in (0.5, 0.1))]
+    for normal in DIGITS:
+        for latent in (8, 32):
+            for lamp in readings if normal in "25" else best:
+                yield dict(MNIST, validate=True, epochs=4, normal=normal, latent=latent, **lamp)
+
+
+def tuning():
+    """code, learning rate, epochs of each batch size and optimizer, on training images"""
+    for lamp in (PLAIN, LAMP):
+        for normal in DIGITS:
+            for latent, lr, epochs in ((8, 1e-3, 4), (8, 3e-3, 4), (8, 1e-2, 4), (8, 3e-3, 8),
+                                       (4, 3e-3, 4), (16, 3e-3, 4)):
+                yield dict(MNIST, validate=True, normal=normal, latent=latent, lr=lr,
+                           epochs=epochs, **lamp)
+        for normal in "25":
+            for batch_size, lr, epochs in ((1, 1e-3, 2), (1, 3e-3, 2), (4, 1e-3, 4), (4, 3e-3, 4),
+                                           (1024, 3e-3, 8), (1024, 1e-2, 8)):
+                yield dict(MNIST, validate=True, normal=normal, batch_size=batch_size, lr=lr,
+                           epochs=epochs, **lamp)
+            for optimizer, lr in (("sgd", 0.1), ("sgd", 0.3), ("sgd", 1.0), ("sgd", 3.0),
+                                  ("rmsprop", 3e-4), ("rmsprop", 1e-3), ("rmsprop", 3e-3)):
+                yield dict(MNIST, validate=True, normal=normal, optimizer=optimizer, lr=lr,
+                           epochs=4, **lamp)
+
+
+def table1():
+    """LAMP on MNIST by batch size, three seeds: the paper's Table 1"""
+    for seed in (0, 1, 2):
+        for normal in DIGITS:
+            for batch_size, lr, epochs in TUNED:
+                for lamp in (PLAIN, LAMP):
+                    yield dict(MNIST, normal=normal, batch_size=batch_size, lr=lr, epochs=epochs,
+                               seed=seed, **lamp)
+
+
+def losses():
+    """LAMP on L1 and SSIM instead of L2, as table1 at batch size 32"""
+    for normal in DIGITS:
+        for loss in ("l1", "ssim"):
+            for lamp in (PLAIN, LAMP):
+                yield dict(MNIST, normal=normal, loss=loss, **lamp)
+
+
+def pca():
+    """principal components instead of a network; how many, chosen on training images"""
+    options = dict(dataset="mnist", image_size=32, model="pca", score="sum", seed=0, eval_every=0)
+    for normal in DIGITS:
+        for latent in (0, 5, 10, 15, 20, 30, 40, 60, 100):
+            yield dict(options, normal=normal, latent=latent, validate=True)
+        for latent in (0, 30):
+            yield dict(options, normal=normal, latent=latent, validate=False)
+
+
+def capacity():
+    """LAMP by the width of the code; two codes are judged after each epoch"""
+    for normal in DIGITS:
+        for latent in (2, 4, 8, 16, 32, 64, 128):
+            for lamp in (PLAIN, LAMP, STEEP) if latent in (32, 128) else (PLAIN, LAMP):
+                yield dict(MNIST, normal=normal, latent=latent,
+                           eval_every=1 if latent in (8, 32) else 0, **lamp)
+
+
+def wide():
+    """table1 with a code that is too wide, and a steeper LAMP"""
+    for normal in DIGITS:
+        for batch_size, lr, epochs in TUNED:
+            for lamp in (PLAIN, STEEP):
+                yield dict(MNIST, normal=normal, latent=128, batch_size=batch_size, lr=lr,
+                           epochs=epochs, **lamp)
+
+
+def logarithm():
+    """LAMP without its logarithm (log=False, see sweep.py), and with other optimizers than Adam"""
+    for normal in DIGITS:
+        for lamp in (PLAIN, dict(LAMP, log=True), dict(LAMP, log=False), dict(STEEP, log=True),
+                     dict(STEEP, log=False)):
+            yield dict(MNIST, normal=normal, **lamp)
+        for optimizer, lr in (("sgd", 0.3), ("rmsprop", 1e-3)):
+            for lamp in (PLAIN, dict(LAMP, log=True)):
+                yield dict(MNIST, normal=normal, optimizer=optimizer, lr=lr, **lamp)
+
+
+def many_steps():
+    """batch size 1024: is it the number of steps, or batch norm's statistics? L2 alone"""
+    for normal in DIGITS:
+        for epochs, reestimate, eval_every in ((8, True, 1), (8, False, 1), (40, True, 8)):
+            yield dict(MNIST, normal=normal, batch_size=1024, epochs=epochs, reestimate=reestimate,
+                       eval_every=eval_every)
+
+
+def table2():
+    """LAMP on MVTec AD by base loss, optimizer, learning rate: the paper's Table 2"""
+    rates = dict(sgd=(0.03, 0.3, 3.0), rmsprop=(3e-4, 1e-3, 3e-3), adam=(3e-4, 1e-3, 3e-3))
+    for normal in CATEGORIES:
+        for loss in ("l2", "l1", "ssim"):
+            for optimizer in rates:
+                for lr in rates[optimizer]:
+                    for lamp in (PLAIN, LAMP):
+                        yield dict(MVTEC, normal=normal, loss=loss, optimizer=optimizer, lr=lr,
+                                   **lamp)
+
+
+def table2_architecture():
+    """patches and larger kernels, which the paper's Table 2 tunes as well, at SSIM with Adam"""
+    for normal in CATEGORIES:
+        for patches, kernel_size in ((2, 3), (1, 5)):
+            for lamp in (PLAIN, LAMP):
+                yield dict(MVTEC, normal=normal, loss="ssim", patches=patches,
+                           kernel_size=kernel_size, **lamp)
+
+
+def mvtec():
+    """the autoencoder on MVTec AD, longer than in table2; L2 alone"""
+    for normal in CATEGORIES:
+        yield dict(MVTEC, normal=normal, batch_size=32, epochs=100, eval_every=10, **PLAIN)
+
+
+def unified():
+    """one UniAD for three categories, with and without LAMP, and one for each category"""
+    for lamp in (PLAIN, LAMP):
+        for seed in (0, 1, 2):
+            yield dict(UNIAD, seed=seed, eval_every=0 if seed else 2, **lamp)
+        for lr in (2e-4, 8e-4):
+            yield dict(UNIAD, lr=lr, **lamp)
+    for normal in CATEGORIES:
+        yield dict(UNIAD, normal=normal)
+
+
+def shortcut():
+    """does a model that may copy its input learn to? deep ones, longer, and a single layer"""
+    yield dict(MLP, eval_every=1)
+    yield dict(CNN, eval_every=1)
+    yield dict(TRANSFORMER, eval_every=2)
+    for normal in CATEGORIES:
+        yield dict(MLP, normal=normal, eval_every=2)
+    for model in (MLP, CNN):
+        yield dict(model, epochs=20, eval_every=5)
+    yield dict(UNIAD, epochs=15, eval_every=3)
+    yield dict(MLP, depth=1, epochs=100, eval_every=10)
+
+
+def parts():
+    """UniAD without its neighbor mask, with one query, without jitter"""
+    yield dict(UNIAD, neighbors=0)
+    yield dict(UNIAD, query="first")
+    yield dict(UNIAD, jitter=0.0)
+
+
+def cifar10():
+    """UniAD on CIFAR-10's four splits, on a sample"""
+    for normal in ("0,1,2,3,4", "5,6,7,8,9", "0,2,4,6,8", "1,3,5,7,9"):
+        yield dict(UNIAD, dataset="cifar10", normal=normal, epochs=2, score="mean")
+
+
+EXPERIMENTS = {experiment.__name__: experiment for experiment in (
+    reading, tuning, table1, losses, pca, capacity, wide, logarithm, many_steps, table2,
+    table2_architecture, mvtec, unified, shortcut, parts, cifar10)}
+WITH_PULL_AND_SPREAD = ("table1", "losses", "table2")
+
+
+# ---- what train.py does not know ----
+
+class WithoutLogarithm:
+    """Eq. 2 of the LAMP paper without the logarithm of Eq. 1, on the squared error; a control."""
+
+    def __init__(self, eps, over, detach):
+        self.eps, self.over, self.detach = eps, over, detach
+
+    def __call__(self, y_hat, y):                           # (B, C, H, W) twice -> scalar
+        from lamp_loss import l2, scale
+        error = l2(y_hat, y)
+        self.base_error = error.detach().sum() / len(y)
+        return scale(error, self.eps, self.over, self.detach).sum() / len(y)
+
+
+def argv_of(options):
+    """Options -> the arguments of train.py, but for `log`, which it does not know."""
+    argv = []
+    for key, value in options.items():
+        flag = "--" + key.replace("_", "-")
+        if key == "log":
+            continue
+        if value is True:
+            argv.append(flag)
+        elif value is False:
+            argv += [] if key in ("lamp", "validate", "amp") else [flag.replace("--", "--no-", 1)]
+        else:
+            argv += [flag, str(value)]
+    return argv
+
+
+def pull_and_spread(model, inputs, labels):
+    """What reconstruction does to up to 500 test images of a kind -> {"pull": , "spread": }.
+
+    pull: how near it brings anomalies to the normal, the squared distance of y_hat to its nearest
+    training image over that of y, mean; 1: not at all. spread: variance of the normals' y_hat over
+    that of the normals; 0: the same picture whatever the input. None where not defined.
+    """
+    import torch                                            # in workers alone, see sweep.py
+    device = next(model.parameters()).device
+    train = inputs.prepare(inputs.train.to(device)).flatten(1)
+    pairs = []                                              # of anomalies, of normals: y_hat, y
+    with torch.no_grad():
+        for label in (1, 0):
+            stored = inputs.test[labels == label]
+            stored = stored[::max(1, -(-len(stored) // 500))].to(device)
+            batches = [inputs.prepare(batch) for batch in stored.split(64)]
+            y_hat = torch.cat([model.eval()(batch) for batch in batches]).flatten(1)
+            pairs.append((y_hat, torch.cat(batches).flatten(1)))
+    nearest = [torch.cdist(images, train).amin(1).square() for images in pairs[0]]
+    variances = [images.var(0).mean() for images in pairs[1]]
+    return {"pull": mean_ratio(*nearest), "spread": mean_ratio(*variances)}
+
+
+def mean_ratio(a, b):
+    """Mean of a / b where b > 0; None where it nowhere is."""
+    return float((a[b > 0] / b[b > 0]).mean()) if (b > 0).any() else None

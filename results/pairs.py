@@ -1,0 +1,171 @@
+"""Pairs: from the CSV files beside this to runs without and with LAMP, paired, with statistics.
+
+Runs come in pairs, without and with LAMP, of one seed and one category. Seeds of one category are
+no independent sample of categories, so its mean over seeds is taken first. Then, over categories
+(or over seeds, of the mean over categories: --over seeds):
+    difference    mean of the paired differences, with LAMP minus without
+    ±             95 % Student-t interval of a mean of n: t(n - 1) s / sqrt(n)
+    p             exact two-sided sign test: if LAMP were as likely ahead as behind, how likely is
+                  a split at least as uneven? Ties are left out; empty below two pairs
+"""
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+RESULTS = Path(__file__).resolve().parent
+OF_CATEGORIES = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro", "threshold", "fpr", "tpr")
+OF_LAMP = ("over", "eps", "detach", "log")                  # options that a run without it lacks
+UNITS = {"categories": "category", "seeds": "seed"}
+
+
+# ---- from a CSV to cells ----
+
+def parse(text):
+    """A CSV's text -> None, bool, int, float, or the text."""
+    if text in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def read(name):
+    """results/NAME.csv -> its rows: {option or metric: value}, those of its comment included."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        known = ", ".join(sorted(other.stem for other in RESULTS.glob("*.csv")))
+        raise ValueError(f"{name}: no such experiment; there are {known}")
+    with path.open(newline="") as file:
+        lines = file.readlines()
+    shared = {}
+    if lines[0].startswith("#"):
+        shared = dict(word.split("=", 1) for word in lines.pop(0)[1:].split())
+    rows = []
+    for cells in csv.DictReader(lines):
+        rows.append({key: parse(value) for key, value in {**shared, **cells}.items()})
+    return rows
+
+
+def with_setting(row):
+    """A row with what it says without a column: `setting`, and no option of LAMP without LAMP."""
+    classes = str(row["normal"])
+    setting = "unified" if classes == "all" or "," in classes else "separate"
+    lamp = bool(row.get("lamp"))
+    void = {} if lamp else dict.fromkeys(OF_LAMP)
+    return {**row, **void, "lamp": lamp, "setting": setting}
+
+
+def counts(row, metric, each_epoch):
+    """Whether a table of `metric` counts a row. One with a row for each epoch takes whole runs;
+    others take the last epoch, of each category where the metric is one of categories."""
+    whole_run = row.get("base_error") is not None or row.get("normal_error") is not None
+    if row.get(metric) is None:
+        return False
+    if each_epoch:
+        return whole_run
+    last = row["epoch"] == row.get("epochs", 0)             # PCA has no epochs
+    return last and (row["category"] != "mean" if metric in OF_CATEGORIES else whole_run)
+
+
+def sort_key(values):
+    return [(isinstance(value, str), value or 0) for value in values]
+
+
+def cells_of(rows, keys, metric, over):
+    """Rows -> {values of the options `keys`: (without LAMP, with LAMP)}, each {category: mean over
+    all that `keys` does not tell apart}, over="seeds": {seed: mean}. The plain runs are those that
+    the runs with LAMP are compared with, whatever the options of LAMP are."""
+    lists = defaultdict(lambda: (defaultdict(list), defaultdict(list)))
+    for row in rows:
+        if counts(row, metric, "epoch" in keys):
+            if unknown := [key for key in keys if key not in row]:
+                raise ValueError(f"no option {', '.join(unknown)} here; there are {', '.join(row)}")
+            values = tuple(row[key] for key in keys)
+            lists[values][row["lamp"]][row[UNITS[over]]].append(row[metric])
+    if not lists:
+        raise ValueError(f"no run with {metric} here")
+    cells = {}
+    for values in sorted(lists, key=sort_key):
+        plain, lamp = ({unit: float(np.mean(numbers)) for unit, numbers in side.items()}
+                       for side in lists[values])
+        partner = tuple(None if key in OF_LAMP else value for key, value in zip(keys, values))
+        if not plain and partner in cells:                  # None sorts first
+            plain = {unit: cells[partner][0][unit] for unit in lamp if unit in cells[partner][0]}
+        cells[values] = plain, lamp
+    return cells
+
+
+def pick(settings, category, chosen_on):
+    """Of settings, {category: value} each, that with the highest value on the category itself (as
+    the paper has it), or mean over the others, which can be known before this one is judged."""
+    scores = []
+    for setting in settings:
+        seen = [value for name, value in setting.items()
+                if (name == category) == (chosen_on == "itself")]
+        scores.append(np.mean(seen) if seen else -np.inf)
+    if max(scores) == -np.inf:
+        raise ValueError(f"--chosen-on others: there is no other category than {category}")
+    return settings[int(np.argmax(scores))]
+
+
+def best_cells(rows, keys, metric, options, chosen_on):
+    """As cells_of, but of the runs that differ in `options` the best one, of plain and LAMP apart,
+    for each category."""
+    kept = [key for key in keys if key != "category"]
+    groups = defaultdict(list)
+    for values, cell in cells_of(rows, [*kept, *options], metric, "categories").items():
+        groups[values[:len(kept)]].append(cell)
+    best = defaultdict(lambda: ({}, {}))
+    for values, group in groups.items():
+        for side in (0, 1):
+            for category in dict.fromkeys(name for cell in group for name in cell[side]):
+                settings = [cell[side] for cell in group if category in cell[side]]
+                known = {**dict(zip(kept, values)), "category": category}
+                place = tuple(known[key] for key in keys)
+                best[place][side][category] = pick(settings, category, chosen_on)[category]
+    return {values: best[values] for values in sorted(best, key=sort_key)}
+
+
+def cells_for(experiments, keys, metric="image_auroc", best_of=(), chosen_on="itself",
+              over="categories", where=()):
+    """What a table is made of, from the experiments' names on; where: {option: allowed values}."""
+    rows = [with_setting(row) for name in experiments for row in read(name)]
+    for option, allowed in dict(where).items():
+        if option not in rows[0]:
+            raise ValueError(f"--where: no {option} here; there are {', '.join(rows[0])}")
+        rows = [row for row in rows if row.get(option) in allowed]
+    if best_of:
+        return best_cells(rows, keys, metric, best_of, chosen_on)
+    return cells_of(rows, keys, metric, over)
+
+
+# ---- statistics ----
+
+def interval(values):
+    """Half the width of the 95 % Student-t interval of the mean of two or more values."""
+    return float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+
+
+def mean_and_interval(values, sign="", digits=4):
+    """As text; without the interval for one value, empty for none."""
+    width = f" ± {interval(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.{digits}f}{width}" if len(values) else ""
+
+
+def differences(cell):
+    """With LAMP minus without, of each category or seed that has both."""
+    plain, lamp = cell
+    return [lamp[unit] - plain[unit] for unit in lamp if unit in plain]
+
+
+def sign_test(values):
+    """How often a difference is above 0, as text, and p of the exact two-sided sign test."""
+    ahead, behind = sum(x > 0 for x in values), sum(x < 0 for x in values)
+    p = f"{stats.binomtest(ahead, ahead + behind).pvalue:.3f}" if ahead + behind > 1 else ""
+    return (f"{ahead} of {len(values)}" if values else ""), p

@@ -1,0 +1,293 @@
+"""Tables: the tables and pictures of results/README.md, from the CSV files beside it.
+
+    python results/tables.py table1 losses --rows batch_size,loss
+    python results/tables.py table2 --rows loss,optimizer --best-of lr --metric pixel_auroc
+    python results/tables.py capacity --rows latent,over,eps --picture capacity.png
+    python results/tables.py gains --picture gains.png              LAMP's gain in all settings
+    python results/tables.py steepness                              of the loss landscape
+
+A row for each value of the options named by --rows, several experiments taken as one. What the
+columns mean is said in results/pairs.py; in parentheses stands the paper's number (paper.json).
+"""
+import argparse
+import functools
+import json
+import re
+import shlex
+import sys
+from collections import defaultdict
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pairs import (OF_LAMP, RESULTS, UNITS, cells_for, differences, interval, mean_and_interval,
+                   parse, read, sign_test)
+
+WORDS = {                                                   # of options and metrics, in pictures
+    "loss": "{}", "optimizer": "{}", "model": "{}", "setting": "{}", "latent": "code 2x2x{}",
+    "over": "maximum over the {}", "image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC",
+    "pixel_aupro": "AUPRO", "base_error": "training error", "normal_error": "error of test normals",
+    "anomaly_error": "error of test anomalies", "from_identity": "distance from the identity"}
+NAMES = {"l1": "L1", "l2": "L2", "ssim": "SSIM", "sgd": "SGD", "rmsprop": "RMSprop", "adam": "Adam",
+         "uniad": "UniAD", "mlp": "MLP", "cnn": "CNN", "transformer": "Transformer"}
+GAINS = {                                                   # where LAMP was tried
+    "MNIST, one digit normal (10 digits)": dict(
+        experiments=["table1", "losses"], keys=["loss", "batch_size"]),
+    "MVTec AD, autoencoder, batch size 16 (3 categories)": dict(
+        experiments=["table2"], keys=["loss", "optimizer"], best_of=["lr"]),
+    "MVTec AD, one UniAD for 3 categories (3 seeds)": dict(
+        experiments=["unified"], keys=["model"], over="seeds",
+        where={"normal": ["all"], "lr": [4e-4]})}
+COMPARED = {"a": "(a) the L2 model seen through LAMP",
+            "b": "(b) each model under its own loss, as in the paper",
+            "c": "(c) both models under L2"}
+
+
+# ---- tables ----
+
+@functools.cache
+def paper_numbers():
+    """paper.json -> [(the words of a number's row and column, the number)]."""
+    entries = json.loads((RESULTS / "paper.json").read_text())
+    return [({*f"{e['row']} {e['column']}".lower().split()}, e["value"]) for e in entries]
+
+
+def in_paper(*words):
+    """The papers' number whose words are all among these, of several that of most; or None."""
+    words = {*" ".join(map(str, words)).lower().split()}
+    fits = {len(named): number for named, number in paper_numbers()
+            if named <= words and ("lamp" in named) == ("lamp" in words)}
+    return fits[max(fits)] if fits else None
+
+
+def markdown(header, lines):
+    """A header and lines of cells -> a Markdown table."""
+    rule = ["---"] * len(header)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, rule, *lines])
+
+
+def with_paper(values, *words):
+    """Mean and interval, and the paper's number for these words, if it has one."""
+    number = in_paper(*words) if values else None
+    return mean_and_interval(values) + ("" if number is None else f" ({number:.3f})")
+
+
+def table(cells, keys, metric, over="categories"):
+    """Cells -> a Markdown table: without LAMP, with it, and their difference.
+
+    A row of plain runs that only repeats what the rows with LAMP are compared with is left out.
+    """
+    if keys == ["category"] and over == "categories":
+        sides = zip(*cells.values())
+        cells = {**cells, ("mean",): [merged(side) for side in sides]}
+    with_lamp = any(lamp for _, lamp in cells.values())
+    compared = [plain for plain, lamp in cells.values() if lamp]
+    lines = []
+    for values, (plain, lamp) in cells.items():
+        if not lamp and plain in compared:
+            continue
+        gains = differences((plain, lamp))
+        line = ["" if value is None else value for value in values]
+        line.append(with_paper([*plain.values()], *values, metric))
+        if with_lamp:
+            line.append(with_paper([*lamp.values()], *values, metric, "lamp"))
+            line += [mean_and_interval(gains, "+"), *sign_test(gains)]
+        lines.append(line)
+    words = [key.replace("_", " ") for key in keys]
+    header = [*words, f"{in_words(metric)}, without LAMP" if with_lamp else in_words(metric)]
+    if with_lamp:
+        header += ["with LAMP", "difference", "LAMP ahead", "p"]
+    return markdown(header, lines)
+
+
+def merged(dicts):
+    return {key: value for each in dicts for key, value in each.items()}
+
+
+def all_gains():
+    """Yields setting, row in words, differences, and the paper's difference or None, for GAINS."""
+    for title, options in GAINS.items():
+        for values, cell in cells_for(**options).items():
+            named = [values]
+            if in_paper(*values, "image_auroc") is None:    # Table 2 has a number a category
+                named = [(*values, category) for category in cell[1]]
+            numbers = [(in_paper(*words, "image_auroc"), in_paper(*words, "image_auroc", "lamp"))
+                       for words in named]
+            known = [lamp - plain for plain, lamp in numbers if lamp is not None]
+            words = ", ".join(in_words(key, v) for key, v in zip(options["keys"], values))
+            yield title, words, differences(cell), np.mean(known) if known else None
+
+
+def gains_table():
+    """LAMP's gain in image AUROC in all settings, as Markdown."""
+    lines = []
+    for title, words, gains, paper in all_gains():
+        lines.append([title, words, mean_and_interval(gains, "+"), *sign_test(gains),
+                      "" if paper is None else f"{paper:+.4f}"])
+    return markdown(["", "setting", "difference", "LAMP ahead", "p", "the paper's"], lines)
+
+
+def steepness_table():
+    """LAMP / L2, how many times steeper: means and 95 % intervals over the seeds, as Markdown."""
+    measures = ("gradient", "curvature", "gradient_per_loss", "curvature_per_loss")
+    groups = defaultdict(list)
+    for row in read("steepness"):
+        groups[row["network"], row["batch_size"], row["compared"]].append(row)
+    lines = []
+    for (network, batch_size, compared), rows in groups.items():
+        cells = [mean_and_interval([row[key] for row in rows], digits=2) for key in measures]
+        lines.append([network, batch_size, COMPARED[compared], *cells])
+    return markdown(["network", "batch size", "compared", "gradient", "curvature",
+                     "gradient / loss", "curvature / loss"], lines)
+
+
+# ---- pictures ----
+
+def in_words(name, *values):
+    """A metric or an option and its value, as a picture shows it."""
+    name_alone = name.replace("_", " ")
+    words = WORDS.get(name, f"{name_alone} {{}}" if values else name_alone)
+    return words.format(*(NAMES.get(value, value) for value in values))
+
+
+def curves(cells, keys):
+    """Cells -> {a line's words: {first of keys: (values, differences)}}, plain runs once."""
+    lines, with_lamp = defaultdict(dict), any(lamp for _, lamp in cells.values())
+    for (x, *rest), (plain, lamp) in cells.items():
+        options = {key: value for key, value in zip(keys[1:], rest) if value is not None}
+        words = [in_words(key, value) for key, value in options.items()]
+        if plain and not {*OF_LAMP} & {*options}:
+            name = ["without LAMP"] if with_lamp else []
+            lines[", ".join([*name, *words])][x] = [*plain.values()], []
+        if lamp:
+            gains = differences((plain, lamp))
+            lines[", ".join(["with LAMP", *words])][x] = [*lamp.values()], gains
+    return lines
+
+
+def draw(path, tables, keys, command):
+    """tables, {metric: cells}: a panel for each metric over the first of keys, a line for each
+    value of the others; last, the difference in the first metric with its interval."""
+    panels_lines = {in_words(metric): curves(cells, keys) for metric, cells in tables.items()}
+    first, lines = next(iter(panels_lines.items()))
+    gains = {name: {x: gain for x, (_, gain) in points.items() if len(gain) > 1}
+             for name, points in lines.items()}
+    gains = {name: points for name, points in gains.items() if points}
+    count = len(tables) + bool(gains)
+    figure = Figure(figsize=(4.2 * count, 4.2), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    colors = {name: f"C{i}" for i, name in enumerate(lines)}
+    ticks = sorted({x for points in lines.values() for x in points})
+    factor = keys[0] in ("latent", "batch_size", "lr") and min(ticks) > 0   # drawn by factors of 2
+    for panel, (title, drawn) in zip(panels, panels_lines.items()):
+        panel.set_title(title)
+        for name, points in drawn.items():
+            means = [np.mean(values) for values, _ in points.values()]
+            marker = "o" if name.startswith("with LAMP") else "s"
+            panel.plot([*points], means, marker + "-", color=colors[name], label=name)
+    if gains:
+        panels[-1].set_title(f"{first}: with LAMP - without")
+        panels[-1].axhline(0, color="black", linewidth=0.8)
+        draw_gain_lines(panels[-1], gains, colors, factor)
+    for panel in panels:
+        panel.set_xlabel(keys[0].replace("_", " "))
+        if factor:
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ticks, ticks)
+    if len(lines) > 1:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3,
+                      fontsize=8)
+    figure.supxlabel(command, fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+def draw_gain_lines(panel, gains, colors, factor):
+    """Mean differences with their intervals, each line's a little to the right of the one before:
+    by a part of the way to twice the place (factor), or to the next place."""
+    for i, (name, points) in enumerate(gains.items()):
+        shift = 0.15 * (i - (len(gains) - 1) / 2)
+        xs = [x * 2 ** shift if factor else x + shift for x in points]
+        panel.errorbar(xs, [np.mean(gain) for gain in points.values()],
+                       [interval(gain) for gain in points.values()], fmt="o-", capsize=3,
+                       color=colors[name])
+
+
+def draw_gains(path, command):
+    """LAMP's gain in image AUROC in all settings, with 95 % intervals and the paper's gains."""
+    groups = defaultdict(list)
+    for title, words, gains, paper in all_gains():
+        groups[title].append((words, gains, paper))
+    sizes = [len(group) for group in groups.values()]
+    figure = Figure(figsize=(9, 0.27 * sum(sizes) + 2.4), layout="constrained")
+    panels = figure.subplots(len(groups), sharex=True, height_ratios=sizes)
+    for panel, (title, group) in zip(panels, groups.items()):
+        for y, (_, gains, paper) in enumerate(group):
+            here = panel.errorbar(np.mean(gains), y, xerr=interval(gains), fmt="o", color="C0",
+                                  capsize=3)
+            if paper is not None:                           # below, so as not to hide the interval
+                published, = panel.plot(paper, y + 0.25, "D", color="C1", markerfacecolor="none",
+                                        markersize=5)
+        panel.set_yticks(range(len(group)), [words for words, _, _ in group], fontsize=8)
+        panel.set_title(title, fontsize=9, loc="left")
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.invert_yaxis()
+    panels[-1].set_xlabel("image AUROC: with LAMP - without")
+    figure.legend([here, published], ["here, mean and 95 % interval", "the paper"], ncols=2,
+                  loc="outside upper right", fontsize=8)
+    figure.supxlabel(command, fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+# ---- the command ----
+
+def print_tables(args, command):
+    """What the command line asks for, on the terminal and as a picture."""
+    if args.names == ["steepness"]:
+        print(steepness_table())
+    elif args.names == ["gains"]:
+        print(gains_table())
+        if args.picture:
+            draw_gains(args.picture, command)
+    else:
+        where = defaultdict(list)
+        for word in re.split(r",(?=\w+=)", args.where) if args.where else []:
+            option, _, value = word.partition("=")
+            where[option].append(parse(value))
+        keys, tables = args.rows.split(","), {}
+        for metric in args.metric.split(","):
+            best_of = args.best_of.split(",") if args.best_of else ()
+            tables[metric] = cells_for(args.names, keys, metric, best_of, args.chosen_on, args.over,
+                                       where)
+        print("\n\n".join(table(cells, keys, metric, args.over)
+                          for metric, cells in tables.items()))
+        if args.picture:
+            draw(args.picture, tables, keys, command)
+    if args.picture:
+        print(f"wrote {args.picture}")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("names", nargs="+", metavar="EXPERIMENT", help="one or more; or gains; or steepness")
+    add("--rows", default="category", help="options, a row for each value (default: category)")
+    add("--metric", default="image_auroc", help="a table for each of these (default: image_auroc)")
+    add("--where", default="", metavar="OPTION=VALUE,...", help="of these runs alone")
+    add("--over", choices=UNITS, default="categories", help="what intervals are over")
+    add("--best-of", metavar="OPTIONS", help="of the runs that differ in these, the best one")
+    add("--chosen-on", choices=("itself", "others"), default="itself",
+        help="best on the category itself (default), or on the mean of the other categories")
+    add("--picture", metavar="FILE", help="draw it, too")
+    args = parser.parse_args(argv)
+    if args.best_of and args.over == "seeds":
+        parser.error("--best-of chooses by category: leave out --over seeds")
+    try:
+        print_tables(args, shlex.join(["python", "results/tables.py", *argv]))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"tables.py: {error}\n")
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()
