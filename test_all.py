@@ -1011,8 +1011,8 @@ def ratio(text, slow, fast):
 class AuthorsAttention(nn.MultiheadAttention):
     """Their layer, restated: tokens first, weights returned; the mask made anew at each forward."""
     def forward(self, q, k, v):
-        q, k, v = (x.transpose(0, 1) for x in (q.expand_as(k), k, v))
-        return super().forward(q, k, v, attn_mask=AuthorsAttention.mask)[0].transpose(0, 1)
+        tokens_first = [x.transpose(0, 1) for x in (q.expand_as(k), k, v)]
+        return super().forward(*tokens_first, attn_mask=AuthorsAttention.mask)[0].transpose(0, 1)
 
     @classmethod
     def make_mask(cls):
@@ -1051,25 +1051,29 @@ def bench_autoencoder():
 
 
 def bench_uniad():
-    f, own, models = torch.randn(8, 272, 14, 14), uniad.Attention, []
-    for uniad.Attention in (lambda dim, heads, mask: AuthorsAttention(dim, heads, 0.1), own):
-        models.append(UniAD())
-    models[0].register_forward_pre_hook(lambda *_: AuthorsAttention.make_mask())
-    optims = [torch.optim.AdamW(m.parameters(), 1e-4, fused=m is models[1]) for m in models]
+    f, own = torch.randn(8, 272, 14, 14), uniad.Attention
+    uniad.Attention = lambda dim, heads, mask: AuthorsAttention(dim, heads, 0.1)
+    theirs = UniAD()
+    theirs.register_forward_pre_hook(lambda *_: AuthorsAttention.make_mask())
+    uniad.Attention = own
+    ours = UniAD()
+    optims = {theirs: torch.optim.AdamW(theirs.parameters(), 1e-4),
+              ours: torch.optim.AdamW(ours.parameters(), 1e-4, fused=True)}
 
-    def work(which, learn, amp=False):
-        model, optim = models[which].train(learn), optims[which]
+    def step(model, learn, amp=False):
+        model.train(learn)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp), torch.set_grad_enabled(learn):
             f_hat = model(f)
         if learn:
-            optim.zero_grad()
+            optims[model].zero_grad()
             (f_hat.float() - f).square().mean().backward()
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            optim.step()
+            optims[model].step()
     for learn, amp in itertools.product((True, False), (False, True)):
-        ratio(f"UniAD {'training step' if learn else 'inference'}, batch 8, authors' layer / ours"
-              f"{' with --amp' * amp}", lambda: work(0, learn), lambda: work(1, learn, amp))
-    backbone, x = Backbone(weights="random"), images(16, 224, 3)
+        kind, how = "training step" if learn else "inference", " with --amp" if amp else ""
+        ratio(f"UniAD {kind}, batch 8, authors' layer / ours{how}",
+              functools.partial(step, theirs, learn), functools.partial(step, ours, learn, amp))
+    backbone, x = Backbone(weights="random", standardize=False), images(16, 224, 3)
     raw = backbone.raw(data.to_float(x))
     fit = functools.partial(train.fit, criterion=nn.MSELoss(), epochs=1, batch_size=8)
     ratio("an epoch of UniAD, features by B4 each time / from the cache",
