@@ -15,9 +15,10 @@ On your own model, whatever it is and however its loss is computed:
     loss_at = around(model, lambda: float(my_loss(model(x), y)), d, e)
     z = surface(loss_at, xs, ys, "my.npz")       # Ctrl-C loses nothing, a rerun goes on
 
-What is drawn is what training descends: with `detach` (see lamp_loss.py) Eq. 2's maximum is a
-constant to the gradient, so here it is held, too, at the largest error of all points that are
-drawn (`HeldLamp`). --maximum moving: LAMP's own value, whose maximum is each point's own.
+With `detach` (see lamp_loss.py) Eq. 2's maximum is a constant to a training step, so here it is
+held, too: at the largest error of all points that are drawn, since 1 - L' must stay positive at
+each (`HeldLamp`). How far that is from the maximum at the trained weights is printed. --maximum
+moving draws LAMP's own value instead, in which each point has its own maximum.
 """
 import argparse
 import itertools

@@ -383,10 +383,11 @@ def draw_tokens(f_hat, bank, images):
 def main(argv=None):
     print("What the token O may look at in a 14 x 14 grid, 7 x 7 neighbors masked: . yes, # no")
     hidden = neighbor_mask(14, 14, 7).view(14, 14, 14, 14)[7, 7] < 0        # (14, 14)
-    signs = [["#" if value else "." for value in row.tolist()] for row in hidden]
-    signs[7][7] = "O"
-    for line in signs:
-        print(" ", *line)
+    for row, line in enumerate(hidden.tolist()):
+        signs = ["#" if value else "." for value in line]
+        if row == 7:
+            signs[7] = "O"
+        print(" ", *signs)
     for model in (UniAD(), FeatureMLP(), FeatureCNN()):
         count = sum(p.numel() for p in model.parameters())
         print(f"{type(model).__name__:<12}{count:>12,} parameters")
