@@ -13,6 +13,9 @@ output is the image, ends in a sigmoid instead of batch normalization and leaky 
 lie in [0, 1]. `PCA` and `NearestToken`, solved instead of trained, show what a network adds. Run
 this file to see the layers: python autoencoder.py
 """
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -117,28 +120,222 @@ class PCA(nn.Module):
 
 
 class NearestToken(nn.Module):
-    """Each token of features becomes the nearest one (L2) in a bank of the normals' tokens.
+    """Each token of features becomes the nearest one (L2) in a bank: the tokens of normal images.
 
     f -> f_hat, (B, C, g, g) -> (B, C, g, g); the error ||f_hat - f|| is the distance to the nearest
-    normal token. channels: C; tokens: size of the bank, which `solve` fills.
+    normal token. An image that is itself in the bank is compared with the others alone: it would
+    have no error at all. channels: C; grid: g; images: those in the bank, which `solve` fills.
     """
 
-    def __init__(self, channels, tokens):
+    def __init__(self, channels, grid, images):
         super().__init__()
-        self.bank = nn.Parameter(torch.zeros(tokens, channels), requires_grad=False)
+        bank = torch.zeros(images, grid * grid, channels)
+        self.bank = nn.Parameter(bank, requires_grad=False)
 
     def solve(self, features, seed=0):
-        """Draw the bank from normals' features (N, C, g, g); fewer tokens than it has repeat."""
-        tokens = features.movedim(1, -1).flatten(0, 2)                      # (N g g, C)
-        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+        """Draw the bank from normals' features (N, C, g, g); of fewer than it holds, all, repeated."""
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         drawn = order[torch.arange(len(self.bank)) % len(order)]
-        self.bank.copy_(tokens[drawn])
+        self.bank.copy_(features[drawn].flatten(2).transpose(1, 2))
 
     def forward(self, features):
-        tokens = features.movedim(1, -1)                                    # (B, g, g, C)
-        parts = tokens.flatten(0, 2).split(256)                             # bounds the memory
-        nearest = [torch.cdist(part, self.bank).argmin(1) for part in parts]
-        return self.bank[torch.cat(nearest)].view(tokens.shape).movedim(-1, 1)
+        return torch.stack([self.reconstruct(f.flatten(1).T) for f in features]).view_as(features)
+
+    def reconstruct(self, tokens):                              # (g g, C) -> (C, g g)
+        others = self.bank[(self.bank != tokens).flatten(1).any(1)]
+        others = (others if len(others) else self.bank).flatten(0, 1)
+        return others[torch.cdist(tokens, others).argmin(1)].T
+
+
+# ---- from a reconstruction to a score (Sec. 3.1, "Evaluation metric"), for every model here ----
+
+@torch.no_grad()
+def error_maps(model, x, prepare=lambda stored: stored):
+    """L2 error at each place: stored inputs (N, C, H, W) -> (N, H, W) float32, on the CPU.
+
+    prepare: stored -> what the model sees. Images (up to 3 channels): (y_hat - y)^2, summed over
+    channels. Features: the root of that, the distance between a token and its reconstruction.
+    """
+    device = next(model.parameters(), x).device
+    model.eval()
+    maps = []
+    for batch in x.split(64):
+        y = prepare(batch.to(device))
+        error = (model(y).float() - y).square().sum(1)          # (B, H, W)
+        maps.append((error if y.shape[1] <= 3 else error.sqrt()).cpu())
+    return torch.cat(maps)
+
+
+def heat_maps(errors, size, sigma=0.0):
+    """Errors (N, H, W) as maps of the image's size, (N, size, size), for pixels and pictures: those
+    of features are scaled up (bilinear, corners aligned), those of images blurred by sigma pixels."""
+    if errors.shape[-1] == size:
+        return gaussian_blur(errors, sigma) if sigma else errors
+    return F.interpolate(errors[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
+
+
+def gaussian_blur(maps, sigma):
+    """(N, H, W) convolved with a Gaussian of standard deviation sigma, borders repeated."""
+    radius = max(1, round(3 * sigma))
+    offset = torch.arange(-radius, radius + 1.0)
+    window = torch.exp(-0.5 * (offset / sigma) ** 2)
+    window = (window / window.sum()).view(1, 1, -1, 1)
+    maps = F.pad(maps[:, None], [radius] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(maps, window), window.mT)[:, 0]
+
+
+def place_statistics(errors):
+    """What is normal where: errors of normal images (N, H, W) -> their mean and spread, (2, H, W).
+
+    The spread is the standard deviation plus its own mean over all places, so that a place where
+    the normals happen to agree does not decide alone.
+    """
+    spread = errors.std(0, correction=0)
+    return torch.stack([errors.mean(0), (spread + spread.mean()).clamp(min=1e-12)])
+
+
+def standardize(errors, statistics):
+    """How far errors (N, H, W) lie above the normals' own at that place, in their spread."""
+    mean, spread = statistics
+    return (errors - mean) / spread
+
+
+def image_scores(maps, how="sum"):
+    """One score an image: (N, H, W) -> (N,). how: "sum" (the LAMP paper's), "mean", "max" (UniAD's,
+    after averaging over 16x16 pixels), or "top", the mean of the largest 2.5 %."""
+    values = maps.flatten(1)
+    if how == "max":
+        side = min(16, maps.shape[-1])
+        return F.avg_pool2d(maps[:, None], side, stride=1).flatten(1).amax(1)
+    if how == "top":
+        return values.topk(max(1, round(0.025 * values.shape[1]))).values.mean(1)
+    return values.sum(1) if how == "sum" else values.mean(1)
+
+
+def threshold(scores, fpr=0.05):
+    """The ceil((n + 1)(1 - fpr))-th smallest of n scores of normal images that were not trained on.
+
+    A new normal image exceeds it with probability at most fpr (conformal prediction), if n is at
+    least 1/fpr - 1; below that no score is large enough, the largest is returned, and the
+    probability is 1/(n + 1).
+    """
+    scores = torch.as_tensor(scores).sort().values
+    rank = math.ceil(round((len(scores) + 1) * (1 - fpr), 9))
+    return float(scores[min(rank, len(scores)) - 1])
+
+
+def auroc(scores, labels):
+    """The chance that an anomaly (label 1) outranks a normal; None where one kind is missing."""
+    from sklearn.metrics import roc_auc_score
+    return float(roc_auc_score(labels, scores)) if len(np.unique(labels)) == 2 else None
+
+
+def average_precision(scores, labels):
+    """Mean precision at each anomaly, ranked by score; None where one kind is missing."""
+    from sklearn.metrics import average_precision_score
+    return float(average_precision_score(labels, scores)) if len(np.unique(labels)) == 2 else None
+
+
+def pixel_auroc(maps, masks):
+    """AUROC of single pixels, from maps and masks (N, H, W); None where none is defective."""
+    return auroc(np.asarray(maps).ravel(), np.asarray(masks).ravel())
+
+
+def aupro(maps, masks, limit=0.3):
+    """Area under the per-region overlap (Bergmann et al. 2020): (N, H, W) twice -> 0 to 1, or None.
+
+    At each threshold: the overlap of the detected pixels with each defect (8-connected part of a
+    mask), averaged over defects, against the false positive rate over all defect-free pixels,
+    those of normal images included. Exact; integrated up to FPR = limit and divided by limit.
+    """
+    from scipy import ndimage
+    from sklearn.metrics import auc
+    maps, masks = np.asarray(maps), np.asarray(masks, dtype=bool)
+    weight, defects = np.zeros(maps.shape), 0               # a defect's pixels share weight 1
+    for i in np.flatnonzero(masks.any((1, 2))):
+        parts, count = ndimage.label(masks[i], np.ones((3, 3)))
+        pixels = np.bincount(parts.ravel())
+        weight[i] = np.where(parts > 0, 1 / pixels[parts], 0)
+        defects += count
+    if defects == 0 or masks.all():
+        return None
+    order = np.argsort(-maps, axis=None, kind="stable")
+    normal = ~masks.ravel()[order]
+    last = np.append(np.diff(maps.ravel()[order]) != 0, True)               # equal values together
+    fpr = np.append(0, (np.cumsum(normal) / normal.sum())[last])
+    overlap = np.append(0, (np.cumsum(weight.ravel()[order]) / defects)[last])
+    below = fpr <= limit
+    fpr_to_limit = np.append(fpr[below], limit)
+    overlap_to_limit = np.append(overlap[below], np.interp(limit, fpr, overlap))
+    return float(min(auc(fpr_to_limit, overlap_to_limit) / limit, 1.0))     # 1 + 1e-16 is rounding
+
+
+def draw_columns(path, rows, titles, color_limit, footer, inches=1.5):
+    """A column an image: rows {name: images (N, C, H, W), or maps (N, H, W), or None: left out}.
+
+    Maps are drawn as heat, from 0 to color_limit; masks, which are boolean, in black and white.
+    """
+    import warnings
+    from matplotlib.figure import Figure
+    rows = {name: row for name, row in rows.items() if row is not None}
+    size = (inches * len(titles) + 1, inches * len(rows) + 0.8)
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for line, (name, row) in zip(axes, rows.items()):
+        line[0].set_ylabel(name, fontsize=7, parse_math=False)
+        for axis, x in zip(line, row):
+            if x.dim() == 3:                                                # (C, H, W)
+                axis.imshow(x.clamp(0, 1).expand(3, -1, -1).movedim(0, -1).numpy())
+            else:
+                top = 1 if x.dtype == torch.bool else color_limit
+                axis.imshow(x.numpy(), cmap="inferno", vmin=0, vmax=top)
+            axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=8, parse_math=False)
+    figure.supxlabel(footer, fontsize=7, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")               # names in any script
+        figure.savefig(path, dpi=90)
+
+
+# ---- training conditions ----
+
+OPTIMIZERS = {                                              # (parameters, lr, weight decay) -> it
+    "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
+    "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr, weight_decay=wd),
+    "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, fused=True),
+    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, fused=True),
+}
+SCHEDULES = {                                               # progress in [0, 1) -> factor of lr
+    "constant": lambda t: 1.0,
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
+}
+
+
+def draw_batches(n, size, generator, smallest):
+    """Indices of an epoch's batches; a last one below `smallest` joins the one before it."""
+    batches = list(torch.randperm(n, generator=generator).split(size))
+    if len(batches) > 1 and len(batches[-1]) < smallest:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    if len(batches[0]) < smallest:
+        raise ValueError(f"a batch of {len(batches[0])} is too small for batch norm or for "
+                         f"the processes: use --batch-size {smallest} or more, and as many images")
+    return batches
+
+
+def take_step(model, optim, loss, rate, clip, where):
+    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
+                                 f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
+    for group in optim.param_groups:
+        group["lr"] = rate
+    optim.zero_grad()
+    loss.backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optim.step()
 
 
 @torch.no_grad()

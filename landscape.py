@@ -198,7 +198,7 @@ def open_run(run, args):
     """A run -> (config, model, its first training images as the model sees them)."""
     state, model = ev.load_run(run)
     c = {**state["config"], "data_dir": args.data_dir or state["config"]["data_dir"]}
-    inputs = ev.open_data(c, mean_std=state["backbone"])[1]
+    inputs = ev.open_data(c, "cpu", state)[1]
     return c, model, inputs.prepare(inputs.train[:args.images])
 
 

@@ -5,6 +5,7 @@
 """
 import ast
 import contextlib
+import csv
 import functools
 import io
 import itertools
@@ -12,6 +13,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +26,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from scipy import ndimage
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import autoencoder
 import data
 import evaluate as ev
 import landscape
@@ -208,21 +212,20 @@ def test_pca_of_as_many_components_as_images_reconstructs_them_and_few_with_many
     close(model(y[:3]), y[:3], 1e-4)
 
 
-def test_the_nearest_token_is_the_nearest_of_the_bank_and_the_bank_is_drawn_from_the_normals():
-    normals, f = torch.randn(5, 3, 4, 4), torch.randn(20, 3, 4, 4)          # 80 tokens; 320: parts
-    model, again, small = NearestToken(3, 100), NearestToken(3, 100), NearestToken(3, 7)
+def test_the_nearest_token_is_that_of_all_normals_but_the_image_itself():
+    normals, f = torch.randn(5, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    model, small = NearestToken(3, 4, 5), NearestToken(3, 4, 2)
     model.solve(normals)
-    small.solve(normals, seed=1)
-    pool = {tuple(normals[i, :, y, x].tolist()) for i, y, x in itertools.product(
-        range(5), range(4), range(4))}
-    drawn = {tuple(token) for token in small.bank.tolist()}
-    assert {tuple(token) for token in model.bank.tolist()} == pool          # all, some twice
-    assert len(drawn) == 7 and drawn < pool
-    again.load_state_dict(model.state_dict())
-    f_hat = again(f)
-    for i, y, x in itertools.product(range(20), range(4), range(4)):
-        best = min(pool, key=lambda token: math.dist(token, f[i, :, y, x]))
-        close(f_hat[i, :, y, x], best, 0)
+    for image in [*f, normals[3]]:
+        f_hat = model(image[None])[0]
+        others = [n for n in normals if not torch.equal(n, image)]
+        for i, j in itertools.product(range(4), range(4)):
+            bank = [n[:, k, m] for n in others for k in range(4) for m in range(4)]
+            nearest = min(bank, key=lambda token: float((token - image[:, i, j]).norm()))
+            assert torch.equal(f_hat[:, i, j], nearest)
+    small.solve(normals)
+    kept = [i for i, n in enumerate(normals) if (small.bank == n.flatten(1).T).all((1, 2)).any()]
+    assert len(kept) == 2                                               # whole images, drawn
 
 
 def test_reestimated_batch_norm_holds_the_mean_and_variance_of_all_inputs():
@@ -368,10 +371,28 @@ def test_the_threshold_is_exceeded_by_at_most_fpr_of_new_normals():
 
 def test_scores_reduce_a_map_as_they_say():
     maps = torch.rand(3, 20, 24)
-    for how in ("sum", "mean", "std"):
+    for how in ("sum", "mean"):
         close(ev.image_scores(maps, how), getattr(maps.flatten(1), how)(1), 1e-4)
     windows = [maps[:, i:i + 16, j:j + 16].mean((1, 2)) for i in range(5) for j in range(9)]
     close(ev.image_scores(maps, "max"), torch.stack(windows).amax(0))
+    largest = [sorted(one.flatten().tolist())[-12:] for one in maps]        # 2.5 % of 480
+    close(ev.image_scores(maps, "top"), [np.mean(values) for values in largest])
+
+
+def test_standardized_errors_are_counted_in_the_normals_own_spread_at_that_place():
+    normal, errors = torch.rand(7, 3, 4), torch.rand(2, 3, 4)
+    z = ev.standardize(errors, ev.place_statistics(normal))
+    spread = normal.double().var(0, correction=0).sqrt()
+    for n, i, j in itertools.product(range(2), range(3), range(4)):
+        expected = (errors[n, i, j] - normal[:, i, j].mean()) / (spread[i, j] + spread.mean())
+        close(z[n, i, j], expected, 1e-5)
+    assert ev.standardize(errors, ev.place_statistics(normal[:1])).isfinite().all()
+
+
+def test_a_blurred_map_is_its_convolution_with_a_gaussian():
+    maps = torch.rand(2, 16, 16)
+    expected = ndimage.gaussian_filter(maps.double(), (0, 1.5, 1.5), mode="nearest", radius=(0, 4, 4))
+    close(autoencoder.gaussian_blur(maps, 1.5), expected, 1e-5)
 
 
 def test_metrics_are_of_each_category_and_leave_out_anomalies_without_mask():
@@ -379,14 +400,28 @@ def test_metrics_are_of_each_category_and_leave_out_anomalies_without_mask():
     masks[1, 2:4, 2:4] = masks[5, :2, :2] = True
     labels, scores = torch.tensor([0, 1] * 4), maps.sum((1, 2))
     d = data.Data(None, None, None, labels, masks, ["a"] * 4 + ["b"] * 4)
-    m = ev.measure(scores, maps, d)
+    judged, thresholds = ev.Judged(maps, scores, None, 1), {"a": (18.0, 3), "b": (None, 0)}
+    m = ev.measure(judged, d, thresholds)
     a, b = m["categories"]["a"], m["categories"]["b"]
-    close(a["pixel_auroc"], ev.pixel_auroc(maps[[0, 1, 2]], masks[[0, 1, 2]]))
+    close(a["pixel_auroc"], ev.auroc(maps[:3].flatten(), masks[:3].flatten()))
     close(b["pixel_aupro"], ev.aupro(maps[[4, 5, 6]], masks[[4, 5, 6]]))
     close(b["image_auroc"], ev.auroc(scores[4:], labels[4:]))
     close(m["image_auroc"], (a["image_auroc"] + b["image_auroc"]) / 2)
-    m = ev.measure(scores, maps, d._replace(labels=labels * 0, masks=None))
-    assert m["image_auroc"] is None and m["pixel_aupro"] is None
+    close([a["fpr"], a["tpr"]], [(scores[[0, 2]] > 18).double().mean(),
+                                 (scores[[1, 3]] > 18).double().mean()])
+    m = ev.measure(judged, d._replace(labels=labels * 0, masks=None), thresholds)
+    assert m["image_auroc"] is None and m["pixel_aupro"] is None and b["fpr"] is None
+
+
+def test_a_user_is_told_what_a_threshold_can_promise_and_what_speaks_against_it():
+    row = dict(dict.fromkeys(ev.METRICS), image_auroc=0.55, threshold=1.0, threshold_images=6,
+               fpr=0.5, tpr=0.5, normals=10)
+    said = ev.describe({**row, "categories": {"nut": row}}, 0.05)
+    assert "too few normal images: 6" in said and "14%" in said and "at least 19" in said
+    assert "WARNING: 50%" in said and "WARNING: image AUROC 0.55" in said
+    fine = dict(row, image_auroc=0.9, threshold_images=19, fpr=0.1)         # 1 of 10: may be chance
+    said = ev.describe({**fine, "categories": {"nut": fine}}, 0.05)
+    assert "about 5% of new" in said and "WARNING" not in said
 
 
 # ---- uniad.py ----
@@ -515,10 +550,12 @@ def test_cached_features_equal_the_backbone_s_and_a_damaged_file_is_never_used()
 
 # ---- train.py ----
 
-TINY = "--dataset digits --depth 2 --width 2 --latent 2 --threads 1 --no-pictures --eval-every 2"
-FOLDER = "--dataset folder --data-dir set --image-size 32 --threads 1 --epochs 1 --out run"
+TINY = "--dataset digits --depth 2 --latent 2 --threads 1 --no-pictures --eval-every 2"
+SET = "--dataset folder --data-dir set --image-size 32 --threads 1 --out run"
+FOLDER = f"{SET} --depth 4 --epochs 1"
 RESNET = "--model uniad --backbone resnet18 --backbone-weights"
-UNIAD = f"{FOLDER} {RESNET} random --neighbors 1 --no-pictures --batch-size 16 --cache-dir cache"
+FEATURES = f"{SET} --backbone resnet18 --backbone-weights random --no-pictures"
+UNIAD = f"{FEATURES} --model uniad --epochs 1 --neighbors 1 --batch-size 16"
 
 
 def metrics(run):
@@ -551,14 +588,6 @@ def test_fit_is_the_bare_loop():
         close(model.state_dict()[key], value, 1e-5)
 
 
-def test_two_runs_are_drawn_side_by_side_on_the_same_test_images():
-    call(train.main, f"{TINY} --epochs 1 --out one")
-    call(train.main, "--model pca --latent 0 --out three --no-pictures")
-    assert metrics("three")["image_auroc"] > 0.9
-    call(ev.main, "three one --compare both.png")
-    assert Path("both.png").exists()
-
-
 def test_a_last_batch_too_small_for_batch_norm_joins_the_one_before():
     def sizes(*a):
         return [len(b) for b in train.draw_batches(*a[:2], torch.Generator(), a[2])]
@@ -577,48 +606,88 @@ def test_resumed_training_equals_uninterrupted_training_to_the_last_bit(options)
     assert metrics("whole") == metrics("cut") == metrics("again")
 
 
-def test_cached_and_uncached_features_train_to_the_same_weights():
-    make_folder(["bolt"])
-    for option in ("--cache", "--no-cache"):
-        call(train.main, f"{UNIAD} --no-standardize {option} --out run{option}")
-    assert same("run--cache", "run--no-cache")
-
-
-@pytest.mark.parametrize("model", ("mlp", "cnn", "transformer"))
-def test_every_baseline_goes_through_the_same_loop_amplified_and_is_judged_alike_again(model):
+@pytest.mark.parametrize("model", ("mlp --lamp --epochs 1", "cnn --lamp --epochs 1", "nearest",
+                                   "transformer --lamp --epochs 1", "pca --latent 3"))
+def test_every_baseline_sees_features_and_is_judged_alike_again(model):
     make_folder()
-    call(train.main, f"{UNIAD} --model {model} --neighbors 0 --lamp")
+    call(train.main, f"{FEATURES} --model {model}")
     assert metrics("run")["categories"]["nut 3"]["pixel_aupro"] > 0
-    assert ev.describe(metrics("run")) in call(ev.main, "run")
+    assert ev.describe(metrics("run"), 0.05) in call(ev.main, "run")
 
 
 def test_a_saved_run_gives_its_numbers_again_and_judges_new_images():
-    image = make_folder(["bolt"]) / "bolt/test/hole/000.png"
-    call(train.main, FOLDER)
-    assert ev.describe(metrics("run")) in call(ev.main, "run")
-    text = call(ev.main, f"run --image {image} set/bolt/test/good/001.png")
-    assert text.count("threshold") == 2 and Path("run/judged.png").exists()
-    y = data.to_float(data.read_image(image, 32)[None])
-    score = ((ev.load_run("run")[1](y) - y) ** 2).sum()
-    close(float(re.search(r"score (\S+),", text)[1]), score, 1e-4)
+    folder = make_folder(["bolt"]) / "bolt/test"
+    call(train.main, f"{FOLDER} --score sum")
+    assert ev.describe(metrics("run"), 0.05) in call(ev.main, "run")
+    Path("empty.png").touch()
+    Path("run").rename("elsewhere")                                     # a run may be copied
+    text = call(ev.main, f"elsewhere --image {folder} empty.png", 2)
+    assert text.count("threshold 0") == 0 and text.count(", score ") == 8 and "empty.png: " in text
+    rows = list(csv.DictReader(Path("elsewhere/judged.csv").open()))
+    assert len(rows) == 8 == len(list(Path("elsewhere/judged").iterdir()))
+    model = ev.load_run("elsewhere")[1]
+    for row in rows:
+        y = data.to_float(data.read_image(row["file"], 32)[None])
+        error = ((model(y) - y) ** 2).sum(1)[0]
+        close(float(row["score"]), error.sum(), 1e-4)
+        close([float(row["peak_y"]) * 32, float(row["peak_x"]) * 32], divmod(int(error.argmax()), 32))
+    words = [row["verdict"] for row in rows if float(row["score"]) > float(row["threshold"])]
+    assert words == ["anomalous"] * len(words)
+    status = 1 if words else 0
+    shutil.rmtree("elsewhere/judged")
+    Path("elsewhere/judged").touch()                                    # no folder can be made
+    text = call(ev.main, f"elsewhere --image {folder}", status)
+    assert "no CSV and no pictures" in text and text.count(", score ") == 8
 
 
-def test_each_category_has_a_threshold_of_its_own_normals_and_new_images_can_use_it():
+def test_each_category_has_a_threshold_of_its_own_and_an_unknown_image_is_of_the_one_it_fits():
     image = make_folder() / "bolt/test/hole/000.png"
-    call(train.main, f"{FOLDER} --normal all")
+    call(train.main, f"{FOLDER} --score sum")
     (state, model), m = ev.load_run("run"), metrics("run")
-    c = state["config"]
-    everything, inputs, _ = ev.open_data(c, "cpu")
-    held = ev.image_scores(ev.anomaly_maps(model, inputs.held, 32), c["score"])     # 2 a category
-    close(m["threshold"], held.max())
-    for name, mine in (("bolt", held[:2]), ("nut 3", held[2:])):
-        each, x = m["categories"][name], inputs.test[np.array(everything.categories) == name]
-        above = ev.image_scores(ev.anomaly_maps(model, x, 32), c["score"]) > mine.max()
+    everything, inputs, _ = ev.open_data(state["config"], "cpu", state)
+    held = ev.error_maps(model, inputs.held, data.to_float).sum((1, 2))     # 6 of each category
+    limits = {"bolt": held[:6].max(), "nut 3": held[6:].max()}
+    for name, limit in limits.items():
+        each, x = m["categories"][name], inputs.test[ev.of_category(everything.categories, name)]
+        above = ev.error_maps(model, x, data.to_float).sum((1, 2)) > limit
         close((each["threshold"], each["fpr"], each["tpr"]),
-              (mine.max(), above[:4].double().mean(), above[4:].double().mean()))
-        text = call(ev.main, f"run --image {image} --category '{name}'")
-        assert f"threshold {mine.max():.4f}" in text
-    assert "thresholds of bolt, nut 3" in call(ev.main, f"run --image {image} --category nut", 2)
+              (limit, above[:4].double().mean(), above[4:].double().mean()))
+        text = call(ev.main, f"run --image {image} --category '{name}'", 0, 1)
+        assert f"threshold {limit:.4f}" in text
+    assert f"threshold {max(limits.values()):.4f}" in call(ev.main, f"run --image {image}", 0, 1)
+    assert "knows bolt, nut 3" in call(ev.main, f"run --image {image} --category nut", 2)
+
+
+def test_standardized_scores_of_categories_with_few_images_share_one_threshold():
+    make_folder()
+    call(train.main, FOLDER)
+    (state, model), c = ev.load_run("run"), ev.load_run("run")[0]["config"]
+    _, inputs, _ = ev.open_data(c, "cpu", state)
+    blurred = [autoencoder.gaussian_blur(ev.error_maps(model, x, data.to_float), 0.5)
+               for x in (inputs.train, inputs.held)]
+    scores = []
+    for name in ("bolt", "nut 3"):
+        mine, own = (ev.of_category(owners, name) for owners in (inputs.train_classes,
+                                                                 inputs.held_classes))
+        z = ev.standardize(blurred[1][own], ev.place_statistics(blurred[0][mine]))
+        scores += z.flatten(1).sort(1).values[:, -26:].mean(1).tolist()     # 2.5 % of 1,024
+    for each in metrics("run")["categories"].values():
+        close(each["threshold"], max(scores), 1e-5)
+        assert each["threshold_images"] == 12
+
+
+def test_nearest_tokens_take_their_threshold_from_all_normals_each_left_out_in_turn():
+    make_folder(["bolt"])
+    call(train.main, f"{FEATURES} --model nearest --score sum --fpr 0.3")
+    (state, model), c = ev.load_run("run"), ev.load_run("run")[0]["config"]
+    _, inputs, _ = ev.open_data(c, "cpu", state)
+    normals = inputs.prepare(torch.cat([inputs.train, inputs.held])).flatten(2).transpose(1, 2)
+    grid = []
+    for i, tokens in enumerate(normals):
+        others = torch.cat([*normals[:i], *normals[i + 1:]])
+        grid.append(torch.cdist(tokens, others).amin(1).view(2, 2))
+    maps = F.interpolate(torch.stack(grid)[:, None], (32, 32), mode="bilinear", align_corners=True)
+    close(metrics("run")["threshold"], ev.threshold(maps.sum((1, 2, 3)), 0.3), 1e-4)
 
 
 def test_a_test_set_without_anomalies_gives_null_not_a_crash():
@@ -633,12 +702,12 @@ class Evil:
 
 
 def test_a_file_that_would_run_code_is_refused_and_runs_nothing():
-    torch.save({"layout": ev.LAYOUT, "config": Evil()}, "model.pt")
+    torch.save({"version": ev.VERSION, "config": Evil()}, "model.pt")
     assert "not loaded" in call(ev.main, ".", 2) and not Path("made").exists()
     for content in (b"", b"PK garbage"):
         Path("model.pt").write_bytes(content)
         assert "damaged" in call(ev.main, ".", 2)
-    torch.save({"layout": 0}, "model.pt")
+    torch.save({"version": 0}, "model.pt")
     assert "not a run of this version" in call(landscape.main, ".", 2)
 
 
@@ -915,7 +984,7 @@ def test_pull_is_toward_the_nearest_training_image_and_spread_a_ratio_of_varianc
     halve.weight.data.fill_(0.5)
     y, normal = (x.flatten(1) / 255 for x in (test[:7], normals))
     near = [min(((v - n) ** 2).sum() for n in normal) for v in (*y, *(y / 2))]
-    inputs = data.Inputs(normals, None, test, data.to_float, None)
+    inputs = data.Inputs(normals, None, None, None, test, data.to_float, None, None, None)
     found = experiments.pull_and_spread(halve, inputs, torch.tensor([1] * 7 + [0] * 5))
     close(found["pull"], np.mean([near[7 + i] / near[i] for i in range(7)]), 1e-4)
     close(found["spread"], 0.25)

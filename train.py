@@ -4,8 +4,8 @@
     python train.py --dataset mnist --normal 3 --loss l2 --lamp
 
 The LAMP paper in one line: train on one class with an amplified loss, judge by the L2 error. `fit`
-is the whole of training; it steps on Eq. 1's sum divided by C H W, a constant, so that one learning
-rate and one clip hold at every size. On one CPU, a command repeats to the last bit; see README.md.
+is the whole of training. It steps on Eq. 1's sum divided by C H W, a constant, so that one learning
+rate and one clip hold at every image size. On one CPU a command repeats to the last bit.
 """
 import argparse
 import functools
@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,54 +26,38 @@ import torchvision
 from torch import nn
 
 import evaluate as ev
-from autoencoder import reestimate_batch_norm
-from data import DATASETS, to_float
+from autoencoder import (OPTIMIZERS, SCHEDULES, draw_batches, reestimate_batch_norm,
+                         take_step)
+from data import DATASETS, FOLDERS, to_float
 from lamp_loss import BASE_LOSSES, ReconstructionLoss
 from uniad import Backbone
 
-
-class NormalizedSGD(torch.optim.SGD):
-    """SGD on the gradient over its norm: as blind to the loss's scale as Adam is; a control."""
-
-    def step(self, closure=None):
-        parameters = self.param_groups[0]["params"]
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf)
-        for p in parameters:
-            p.grad /= norm.clamp(min=1e-30)
-        return super().step(closure)
-
-
-OPTIMIZERS = {
-    "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
-    "normalized-sgd": lambda p, lr, wd: NormalizedSGD(p, lr, momentum=0.9, weight_decay=wd),
-    "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr, weight_decay=wd),
-    "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, fused=True),
-    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, fused=True),
+B4, YES_NO = "efficientnet_b4", argparse.BooleanOptionalAction
+MODELS = ("ae", "pca", "nearest", "uniad", "transformer", "cnn", "mlp")
+DEFAULTS = {                                                # all that depend on the model
+    #                ae        pca       nearest   uniad        transformer cnn      mlp
+    "backbone":     ("none",   "none",   B4,       B4,          B4,         B4,      B4),
+    "image_size":   (32,       32,       224,      224,         224,        224,     224),
+    "depth":        (4,        1,        1,        4,           4,          6,       5),
+    "latent":       (8,        8,        400,      0,           0,          0,       0),
+    "steps":        (1400,     0,        0,        730,         730,        730,     730),
+    "batch_size":   (32,       0,        0,        8,           8,          8,       8),
+    "lr":           (3e-3,     0.0,      0.0,      4e-4,        4e-4,       4e-4,    4e-4),
+    "optimizer":    ("adam",   "adam",   "adam",   "adamw",     "adamw",    "adamw", "adamw"),
+    "schedule":     ("cosine", "cosine", "cosine", "step",      "step",     "step",  "step"),
+    "weight_decay": (0.0,      0.0,      0.0,      1e-4,        1e-4,       1e-4,    1e-4),
+    "clip":         (0.0,      0.0,      0.0,      0.1,         0.1,        0.1,     0.1),
+    "neighbors":    (0,        0,        0,        7,           0,          0,       0),
+    "jitter":       (0.0,      0.0,      0.0,      20.0,        0.0,        0.0,     0.0),
+    "query":        ("none",   "none",   "none",   "layerwise", "first",    "none",  "none"),
+    "score":        ("sum",    "sum",    "mean",   "mean",      "mean",     "mean",  "mean"),
 }
-SCHEDULES = {                                               # progress in [0, 1) -> factor of lr
-    "constant": lambda t: 1.0,
-    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
-    "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
-}
-UNIAD = dict(lr=4e-4, epochs=10, batch_size=8, optimizer="adamw", schedule="step", clip=0.1,
-             weight_decay=1e-4, neighbors=7, jitter=20.0, query="layerwise", depth=4)
-PLAIN = dict(neighbors=0, jitter=0.0, query="none")
-AE = dict(lr=3e-3, epochs=8, batch_size=32, optimizer="adam", schedule="cosine", clip=0.0,
-          weight_decay=0.0, **PLAIN)
-DEFAULTS = {                                                # of options left unset, by model
-    "ae": AE, "pca": {**AE, "epochs": 0, "batch_size": 0}, "uniad": UNIAD,
-    "cnn": {**UNIAD, **PLAIN, "depth": 6}, "mlp": {**UNIAD, **PLAIN, "depth": 5},
-    "transformer": {**UNIAD, **PLAIN, "query": "first"}}
-FEW_IMAGES = dict(lr=1e-3, epochs=100, latent=16)           # ae: hundreds, not thousands
-RANGES = dict(                                              # smallest and largest value that works
-    image_size=(1, 4096), depth=(1, 12), width=(1, 4096), latent=(1, 65536), kernel_size=(1, 99),
-    patches=(1, 4096), neighbors=(0, 999), jitter=(0, 1e6), epochs=(1, 10 ** 6), clip=(0, 1e9),
-    batch_size=(1, 10 ** 6), lr=(1e-12, 1e3), weight_decay=(0, 10), seed=(0, 2 ** 63 - 1),
-    threads=(0, 1024), eval_every=(0, 10 ** 6), eps=(1e-6, 0.999), fpr=(1e-6, 0.999))
-PCA_RANGES = {**RANGES, "latent": (0, 65536), "epochs": (0, 0), "batch_size": (0, 0)}
-FITTING = "epochs batch_size lr optimizer schedule weight_decay clip seed amp".split()
-YES_NO = argparse.BooleanOptionalAction
-FREE = "epochs eval_every pictures out data_dir cache_dir device threads resume overwrite".split()
+ON_FOLDERS = {model: dict(score="standardized") for model in MODELS}        # there, these instead
+ON_FOLDERS["ae"] |= dict(image_size=128, depth=6, latent=16, lr=1e-3)
+ON_FOLDERS["pca"] |= dict(image_size=128)
+MAY_CHANGE = ("epochs", "eval_every", "pictures", "out", "data_dir", "device", "threads", "resume",
+              "overwrite")                                  # from a run to its --resume
+CURVES = ("image_auroc", "pixel_auroc", "normal_error", "anomaly_error", "from_identity")
 
 
 # ---- the loop ----
@@ -82,34 +67,41 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         prepare=to_float, smallest=1, resume=None, evaluate=lambda epoch: {}, save=lambda s: None):
     """Train model to reconstruct inputs (N, C, H, W), or to predict targets (N, ...) from them.
 
-    criterion(x_hat, x) -> scalar, a sum over C, H, W; prepare: stored inputs -> the model's; an
-    epoch ends with evaluate(epoch) -> metrics for the history, and save(state); resume: a state.
-    Raises FloatingPointError (loss not finite), ValueError (a batch below `smallest`)."""
-    device, order = next(model.parameters()).device, torch.Generator().manual_seed(seed)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    criterion(x_hat, x) -> scalar, a sum over C, H, W; prepare: stored inputs -> the model's;
+    smallest: images a batch needs. Each epoch ends with evaluate(epoch) -> metrics for the history,
+    and save(state); resume: such a state. -> history, a dict an epoch.
+    Raises FloatingPointError (loss not finite), ValueError (a batch below `smallest`).
+    """
+    device, (rank, count) = next(model.parameters()).device, processes()
+    order = torch.Generator().manual_seed(seed)
     model.to(memory_format=torch.channels_last)             # twice as fast to convolve on a CPU
-    runner = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    network = nn.parallel.DistributedDataParallel(model) if count > 1 else model
     optim = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay)
     history = restore(resume, optim, order) if resume else []
+
     for epoch in range(len(history) + 1, epochs + 1):
-        start, totals = time.perf_counter(), torch.zeros(2)
-        batches = draw_batches(len(inputs), batch_size, order, smallest * world)
+        start, means = time.perf_counter(), torch.zeros(2)  # of the loss and of the base error
+        batches = draw_batches(len(inputs), batch_size, order, smallest * count)
         model.train()
         for step, index in enumerate(batches):
-            mine = index[rank::world]                       # all of it, where there is one process
+            mine = index[rank::count]                       # all of it, where there is one process
             x = prepare(inputs[mine].to(device)).contiguous(memory_format=torch.channels_last)
-            y = x if targets is None else targets[mine].to(device)
+            target = x if targets is None else targets[mine].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                x_hat = runner(x)
-            share = len(mine) * world / len(index)          # the processes' gradients are averaged
-            loss = criterion(x_hat.float(), y) / y[0].numel() * share
-            rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
-            take_step(model, optim, loss, rate, clip, f"epoch {epoch}, step {step + 1}")
-            base = float(getattr(criterion, "base_error", 0)) / y[0].numel() * share
-            totals += torch.tensor([loss.item(), base]) * (len(index) / len(inputs) / world)
-        if world > 1:
-            dist.all_reduce(totals)
-        history.append({"epoch": epoch, "loss": float(totals[0]), "base_error": float(totals[1]),
+                x_hat = network(x)
+            total = criterion(x_hat.float(), target)
+            loss = total / target[0].numel()
+
+            progress = (epoch - 1 + step / len(batches)) / epochs
+            rate = lr * SCHEDULES[schedule](progress)
+            weight = len(mine) * count / len(index)         # the processes' gradients are averaged
+            take_step(model, optim, loss * weight, rate, clip, f"epoch {epoch}, step {step + 1}")
+
+            base = float(getattr(criterion, "base_error", total)) / target[0].numel()
+            means += torch.tensor([loss.item(), base]) * (len(mine) / len(inputs))
+        if count > 1:
+            dist.all_reduce(means)                          # each has added its own images' part
+        history.append({"epoch": epoch, "loss": float(means[0]), "base_error": float(means[1]),
                         "seconds": round(time.perf_counter() - start, 3)})
         if rank == 0:
             history[-1].update(evaluate(epoch))
@@ -117,6 +109,40 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             save({"optimizer": optim.state_dict(), "order": order.get_state(),
                   "rng": torch.get_rng_state(), "history": history})
     return history
+
+
+def print_epoch(history, epochs):
+    """A line: on a terminal one that is rewritten, otherwise that of every tenth of the epochs."""
+    now = history[-1]
+    auroc = now.get("image_auroc")
+    judged = "" if auroc is None else f"   image AUROC {auroc:.4f}"
+    left = sum(h["seconds"] for h in history) / len(history) * (epochs - len(history))
+    stays = judged or now["epoch"] % max(1, epochs // 10) == 0 or now["epoch"] == epochs
+    if stays or sys.stdout.isatty():
+        print(f"epoch {now['epoch']:>4}/{epochs}   loss {now['loss']:.5f}   base error "
+              f"{now['base_error']:.5f}{judged}   {left:.0f} s left   ",
+              end="\n" if stays else "\r", flush=True)
+
+
+# ---- several processes, resuming ----
+
+def processes():
+    """(this process's rank, their count): (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def start_process(c):
+    """Threads and device; under torchrun, join the others, of which only rank 0 prints."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(c["threads"] or max(1, os.cpu_count() // world))
+    torch.set_flush_denormal(True)                          # LAMP's tiny gradients are slow
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device(c["device"])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if c["device"] == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    local = f"{c['device']}:{os.environ['LOCAL_RANK']}"
+    return torch.device(local if c["device"] == "cuda" else c["device"])
 
 
 def restore(state, optim, order):
@@ -127,161 +153,154 @@ def restore(state, optim, order):
     return list(state["history"])
 
 
-def draw_batches(n, size, generator, smallest):
-    """Indices of an epoch's batches; a last one below `smallest` joins the one before it."""
-    batches = list(torch.randperm(n, generator=generator).split(size))
-    if len(batches) > 1 and len(batches[-1]) < smallest:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    if len(batches[0]) < smallest:
-        raise ValueError(f"a batch of {len(batches[0])} is too small for batch norm or for "
-                         f"the processes: use --batch-size {smallest} or more, and as many images")
-    return batches
-
-
-def take_step(model, optim, loss, rate, clip, where):
-    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
-                                 f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
-    for group in optim.param_groups:
-        group["lr"] = rate
-    optim.zero_grad()
-    loss.backward()
-    if clip:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optim.step()
-
-
-def print_epoch(history, epochs):
-    h, known = history[-1], history[-1].get("image_auroc") is not None
-    auroc = f"   image AUROC {h['image_auroc']:.4f}" if known else ""
-    left = sum(e["seconds"] for e in history) / len(history) * (epochs - len(history))
-    print(f"epoch {h['epoch']:>4}/{epochs}   loss {h['loss']:.5f}   base error "
-          f"{h['base_error']:.5f}{auroc}   {h['seconds']:.1f} s, {left:.0f} s left", flush=True)
-
-
-# ---- the command ----
+# ---- the command line ----
 
 def parse(argv):
-    """The command line -> parser, config: a dict of all options, those left unset by DEFAULTS."""
+    """The command line -> parser, config: a dict of all options, those left unset filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog='python train.py --each "OPTIONS" "OPTIONS" ...: several runs, in one process')
-    model_options(parser)
-    run_options(parser)
-    given = vars(parser.parse_args(argv))
-    few = given["model"] == "ae" and given["dataset"] in ("digits", "mvtec", "folder")
-    first = {**DEFAULTS[given["model"]], **(FEW_IMAGES if few else {})}
-    return parser, complete({**first, **given}, parser)
+        argument_default=argparse.SUPPRESS,
+        epilog="What has no default here has one that depends on the model: train.DEFAULTS.")
+    first_options(parser.add_argument_group("what everyone needs").add_argument)
+    other_options(parser.add_argument_group("model, training, experiments").add_argument)
+    try:
+        return parser, fill(vars(parser.parse_args(argv)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
-def unset(text, key=None):                                  # an option left out until `complete`
-    text += f" (default: ae {DEFAULTS['ae'][key]}, uniad {DEFAULTS['uniad'][key]})" if key else ""
-    return dict(default=argparse.SUPPRESS, help=text)
-
-
-def model_options(parser):
-    add = parser.add_argument_group("data").add_argument
+def first_options(add):
     add("--dataset", choices=DATASETS, default="digits", help="digits come with scikit-learn")
-    add("--normal", **unset("classes (3 or 0,1,2; default 0) or categories (default all)"))
+    add("--normal", help="classes (3 or 0,1,2; default 0) or categories (default all)")
     add("--data-dir", default="data", help="where data sets are; for folder, the folder itself")
-    add("--image-size", type=int, **unset("side (default: ae 32, of folders 128; others 224)"))
-    add("--validate", action="store_true", help="judge on a part of the training split instead")
-    add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=BASE_LOSSES, default="l2", help="base reconstruction loss")
-    add("--lamp", action="store_true", help="amplify it: Eq. 1 and 2 of the LAMP paper")
-    add("--eps", type=float, default=0.5, help="Eq. 2's epsilon")
-    add("--over", choices=("image", "batch"), default="batch", help="what Eq. 2's maximum is over")
-    add("--detach", action=YES_NO, default=True, help="no gradient through Eq. 2's maximum")
-    add("--log", action=YES_NO, default=True, help="--no-log: Eq. 2 without Eq. 1's logarithm")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=DEFAULTS, default="ae", help="what reconstructs")
-    add("--depth", type=int, **unset("layers (ae 4, from 128 pixels 6; uniad 4, mlp 5, cnn 6)"))
-    add("--width", type=int, default=16, help="ae: filters of the first layer")
-    add("--latent", type=int, **unset("channels of ae's code (8, few images 16); pca: components"))
-    add("--kernel-size", type=int, default=3, help="ae: side of the kernels, odd")
-    add("--patches", type=int, default=1, help="ae: n, for n x n patches reconstructed apart")
-    add("--backbone", choices=Backbone.NAMES, default="efficientnet_b4", help="others: frozen CNN")
+    add("--model", choices=MODELS, default="ae", help="what reconstructs (default: ae)")
+    add("--loss", choices=BASE_LOSSES, default="l2", help="base reconstruction loss (default: l2)")
+    add("--lamp", action="store_true", default=False, help="amplify it: Eq. 1 and 2 of the paper")
+    add("--backbone", choices=("none", *Backbone.NAMES), help="frozen CNN; none: sees the image")
+    add("--epochs", type=int, help="passes over the training images (default: from DEFAULTS' steps)")
+    add("--fpr", type=float, default=0.05, help="false alarms the threshold allows (default: .05)")
+    add("--seed", type=int, default=0, help="weights, order, images set aside (default: 0)")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the first")
+    add("--threads", type=int, default=0, help="CPU threads (default: all cores)")
+    add("--out", help="folder of the run (default: runs/DATASET-NORMAL-MODEL-LOSS-sSEED)")
+    add("--resume", action="store_true", default=False, help="go on where the run in --out stopped")
+    add("--overwrite", action="store_true", default=False, help="replace the run in --out")
+
+
+def other_options(add):
+    add("--image-size", type=int, help="side in pixels")
+    add("--depth", type=int, help="layers; ae: on each side")
+    add("--latent", type=int, help="ae: channels of the code; pca: components; nearest: images")
+    add("--kernel-size", type=int, default=3, help="ae: odd (default: 3)")
+    add("--patches", type=int, default=1, help="ae: n x n patches apart (default: 1)")
+    add("--neighbors", type=int, help="side of UniAD's mask, 0 for none")
+    add("--jitter", type=float, help="scale of UniAD's feature jitter, 0 for none")
+    add("--query", choices=("layerwise", "first", "none"), help="UniAD's learned queries")
     add("--backbone-weights", default="imagenet", help="imagenet, random, or a file (state dict)")
-    add("--standardize", action=YES_NO, default=True, help="others: features, channel by channel")
-    add("--neighbors", type=int, **unset("side of the neighbor mask, 0 for none", "neighbors"))
-    add("--jitter", type=float, **unset("scale of the feature jitter, 0 for none", "jitter"))
-    add("--query", choices=("layerwise", "first", "none"), **unset("learned queries", "query"))
-    add("--cache", action=YES_NO, default=True, help="others: compute features once, keep them")
-    add("--cache-dir", default="runs/features", help="where features are kept")
+    add("--standardize", action=YES_NO, default=True, help="features, channel by channel")
+    add("--batch-size", type=int, help="images a step")
+    add("--lr", type=float, help="learning rate")
+    add("--optimizer", choices=OPTIMIZERS, help="SGD has momentum .9")
+    add("--schedule", choices=SCHEDULES, help="of the learning rate")
+    add("--weight-decay", type=float, help="of the optimizer")
+    add("--clip", type=float, help="largest gradient norm, 0 for any")
+    add("--amp", action="store_true", default=False, help="bfloat16 where that is safe")
+    add("--eps", type=float, default=0.5, help="LAMP, Eq. 2: epsilon (default: .5)")
+    add("--over", choices=("image", "batch"), default="batch", help="Eq. 2: the maximum's scope")
+    add("--detach", action=YES_NO, default=True, help="Eq. 2: no gradient through the maximum")
+    add("--score", choices=ev.SCORES, help="of an image, from its error map")
+    add("--eval-every", type=int, help="epochs; 0: at the end alone (default: a tenth of them)")
+    add("--validate", action="store_true", default=False, help="judge on training images instead")
+    add("--pictures", action=YES_NO, default=True, help="draw examples (default: yes)")
 
 
-def run_options(parser):
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, **unset("(default: ae 8, digits and folders 100; others 10)"))
-    add("--batch-size", type=int, **unset("images a step", "batch_size"))
-    add("--lr", type=float, **unset("(default: ae 3e-3, digits and folders 1e-3; others 4e-4)"))
-    add("--weight-decay", type=float, **unset("of the optimizer", "weight_decay"))
-    add("--clip", type=float, **unset("largest gradient norm, 0 for any", "clip"))
-    add("--optimizer", choices=OPTIMIZERS, **unset("SGD has momentum .9", "optimizer"))
-    add("--schedule", choices=SCHEDULES, **unset("of the learning rate", "schedule"))
-    add("--reestimate", action=YES_NO, default=True, help="batch norm statistics before evaluating")
-    add("--amp", action="store_true", help="bfloat16 where that is safe")
-    add("--seed", type=int, default=0, help="weights, order, and the part set aside")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="first one there")
-    add("--threads", type=int, default=0, help="CPU threads, 0 for all cores")
-    add = parser.add_argument_group("evaluation and output").add_argument
-    scores = dict(choices=("sum", "max", "mean", "std"))
-    add("--score", **scores, **unset("(default: ae sum; others max for folders, else mean)"))
-    add("--fpr", type=float, default=0.05, help="false positive rate the threshold aims at")
-    add("--eval-every", type=int, **unset("epochs, 0: at the end alone (default: a tenth of all)"))
-    add("--pictures", action=YES_NO, default=True, help="draw curves and examples")
-    add("--out", **unset("folder of the run (default: runs/DATASET-NORMAL-MODEL-LOSS-sSEED)"))
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on where the run in --out stopped, or start")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-
-
-def complete(c, parser):
-    """Fill what depends on other options, check ranges and combinations (else exit status 2)."""
-    folders, is_ae = c["dataset"] in ("mvtec", "folder"), c["model"] in ev.IMAGE_MODELS
-    c.setdefault("normal", "all" if folders else "0")
-    c.setdefault("image_size", (128 if folders else 32) if is_ae else 224)
-    c.setdefault("latent", 8)
-    c.setdefault("depth", 4 if c["image_size"] < 128 else 6)
-    c.setdefault("eval_every", max(1, c["epochs"] // 10))
-    c.setdefault("score", "sum" if is_ae else "max" if folders else "mean")
-    name = f"{c['dataset']}-{c['normal']}-{c['model']}-{c['loss']}" + "-lamp" * c["lamp"]
-    c.setdefault("out", "runs/" + re.sub(r"[^\w.,-]", "_", f"{name}-s{c['seed']}"))
-    for key, (low, high) in (PCA_RANGES if c["model"] == "pca" else RANGES).items():
-        if not low <= c[key] <= high:                       # NaN fails this, too
-            parser.error(f"--{key.replace('_', '-')} {c[key]}: expected {low} to {high}")
-    if c["neighbors"] and c["neighbors"] // 2 >= c["image_size"] // 32:     # before features cost
-        grid = c["image_size"] // 16
-        parser.error(f"--neighbors {c['neighbors']} hides the whole grid of {grid}x{grid} tokens")
-    if c["model"] == "pca" and c["lamp"]:
-        parser.error("--model pca is solved, not trained by a loss: leave out --lamp")
-    if c["loss"] == "ssim" and not is_ae:
-        parser.error("--loss ssim compares images in [0, 1]; with CNN features use l1 or l2")
+def fill(given):
+    """Given options -> config: all options; raises ValueError where they exclude each other.
+    `epochs` and `eval_every` stay None where the number of images decides, see `settle`."""
+    model, dataset = given["model"], given["dataset"]
+    c = {key: of_models[MODELS.index(model)] for key, of_models in DEFAULTS.items()}
+    c |= {"normal": "all" if dataset in FOLDERS else "0", "epochs": None, "eval_every": None}
+    if dataset in FOLDERS:
+        c |= ON_FOLDERS[model]
+    if given.get("backbone", "none") != "none":
+        c["image_size"] = 224
+    c |= given
+    lamp = "-lamp" if c["lamp"] else ""
+    name = f"{dataset}-{c['normal']}-{model}-{c['loss']}{lamp}-s{c['seed']}"
+    c.setdefault("out", "runs/" + re.sub(r"[^\w.,-]", "_", name))
+    check(c)
     found = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if c["device"] == "auto":
         c["device"] = next(device for device in found if found[device])
     if not found[c["device"]]:
-        parser.error(f"--device {c['device']}: PyTorch finds none on this machine; leave it out")
+        raise ValueError(f"--device {c['device']}: PyTorch finds none here; leave it out")
     return c
 
+
+def check(c):
+    """Raise ValueError where options are out of range or exclude each other."""
+    model, solved, grid = c["model"], c["model"] in ev.SOLVED, c["image_size"] // 16
+    positive = ["image_size", "depth", "patches"]
+    if not solved:
+        positive += ["epochs", "batch_size", "lr"]
+    for key, value in c.items():
+        if isinstance(value, (int, float)) and not (0 <= value < 2 ** 63 and (
+                value or key not in positive)):             # NaN fails this, too
+            raise ValueError(f"--{key.replace('_', '-')} {value}: expected a number above 0"
+                             f"{'' if key in positive else ', or 0'}")
+    if not 0 < c["fpr"] < 1:
+        raise ValueError(f"--fpr {c['fpr']}: expected a share between 0 and 1")
+    if c["resume"] and c["overwrite"]:
+        raise ValueError("--resume goes on with the run, --overwrite replaces it: give one of them")
+    if solved and (c["lamp"] or c["epochs"] or c["batch_size"]):
+        raise ValueError(f"--model {model} is solved, not trained by a loss: leave out --lamp, "
+                         "--epochs and --batch-size")
+    if (c["backbone"] == "none") != (model == "ae") and model != "pca":
+        raise ValueError(f"--model {model} --backbone {c['backbone']}: ae sees the image (none), "
+                         "pca it or features, the others features: leave out --backbone")
+    if c["neighbors"] and c["neighbors"] // 2 >= grid // 2:
+        raise ValueError(f"--neighbors {c['neighbors']} hides the whole grid of {grid}x{grid} "
+                         "tokens from some of them: lower it, or raise --image-size")
+    if c["loss"] == "ssim" and c["backbone"] != "none":
+        raise ValueError("--loss ssim compares images in [0, 1]; with CNN features use l1 or l2")
+
+
+def settle(c, images):
+    """Fill in what depends on the number of images: `epochs`, from the model's `steps`, and so on."""
+    if c["epochs"] is None:
+        a_pass = math.ceil(images / max(1, c["batch_size"]))
+        c["epochs"] = math.ceil(c["steps"] / a_pass)
+    if c["eval_every"] is None:
+        c["eval_every"] = max(1, c["epochs"] // 10)
+    if c["model"] == "nearest":
+        c["latent"] = min(c["latent"], images)
+
+
+# ---- a run ----
 
 def open_folder(c):
     """The run's folder -> the state to resume from, or None where it starts afresh."""
     out = Path(c["out"])
     if c["overwrite"] or not (out / "model.pt").exists():
         out.mkdir(parents=True, exist_ok=True)
+        for name in ("run.json", "examples.png", "judged.csv"):
+            (out / name).unlink(missing_ok=True)            # of the run that was here
+        shutil.rmtree(out / "judged", ignore_errors=True)
         return None
     state, _ = ev.load_run(out)
     old = state["config"]
     if not c["resume"]:
         raise ValueError(f"{out} already holds a run of {len(state['history'])} of {old['epochs']} "
                          "epochs: --resume goes on, --overwrite replaces it, or name another --out")
-    changed = [f"--{k.replace('_', '-')} {old.get(k)} (now {c[k]})" for k in c
-               if k not in FREE and c[k] != old.get(k)]
+    changed = [f"--{key.replace('_', '-')} {old.get(key)} (now {c[key]})" for key in c
+               if key not in MAY_CHANGE and c[key] != old.get(key)]
     if changed:
         raise ValueError(f"--resume changes nothing but --epochs; the run has {', '.join(changed)}")
+    c["epochs"] = c["epochs"] or old["epochs"]
+    if c["epochs"] != old["epochs"] and c["schedule"] != "constant":
+        print(f"the run was planned for {old['epochs']} epochs: its learning rate followed the "
+              f"{c['schedule']} schedule of these, and now jumps to that of {c['epochs']}; a run of "
+              f"{c['epochs']} from the start would differ")
     return state
 
 
@@ -295,10 +314,9 @@ def write_checkpoint(path, fixed, model, progress):
 
 
 def assess(c, model, data, inputs):
-    """Settle batch norm, then judge the test set -> metrics, Judged."""
-    if c["reestimate"]:
-        batches = inputs.train.tensor_split(-(-len(inputs.train) // 256))
-        reestimate_batch_norm(model, (inputs.prepare(x.to(c["device"])) for x in batches))
+    """Settle batch norm, then judge the test set -> metrics, Judged, what it knows."""
+    batches = inputs.train.tensor_split(-(-len(inputs.train) // 256))
+    reestimate_batch_norm(model, (inputs.prepare(x.to(c["device"])) for x in batches))
     return ev.judge(model, c, data, inputs)
 
 
@@ -306,116 +324,106 @@ def curve_point(epoch, c, model, data, inputs):
     """For the history: AUROC every --eval-every epochs, else None; nothing is chosen by it."""
     due = c["eval_every"] and epoch % c["eval_every"] == 0 and epoch < c["epochs"]
     metrics = assess(c, model, data, inputs)[0] if due else {}
-    return {key: metrics.get(key) for key in ev.CURVES}
+    return {key: metrics.get(key) for key in CURVES}
 
 
-def finish(c, model, data, inputs, save, state, command, started):
-    """Evaluate the last epoch; write model.pt with the threshold, run.json and the pictures."""
-    metrics, judged = assess(c, model, data, inputs)
-    history, out = state["history"], Path(c["out"])
-    seconds = sum(h["seconds"] for h in history)
-    metrics.update(train_seconds=round(seconds, 2), images_per_second=round(
-        len(inputs.train) * len(history) / max(seconds, 1e-9), 1),
-        parameters=sum(p.numel() for p in model.parameters()))
+def train_model(c, model, inputs, criterion, state, save, evaluate):
+    """`fit` by the config -> exit status: 130 where Ctrl-C has ended it, else 0."""
+    chosen = {key: c[key] for key in ("epochs", "batch_size", "lr", "optimizer", "schedule",
+                                      "weight_decay", "clip", "seed", "amp")}
+    smallest = model.smallest_batch(c["image_size"]) if c["model"] == "ae" else 1
+    if criterion is None:
+        criterion = ReconstructionLoss(c["loss"], c["lamp"], c["eps"], c["over"], c["detach"])
+    try:
+        fit(model, inputs.train, criterion, **chosen, prepare=inputs.prepare, smallest=smallest,
+            resume=state if state and state["history"] else None, evaluate=evaluate, save=save)
+    except KeyboardInterrupt:
+        print("\ninterrupted: evaluating the last full epoch, from which --resume goes on")
+        return 130
+    return 0
+
+
+def finish(c, model, data, inputs, save, command, started):
+    """Judge the last full epoch; write model.pt with the thresholds, run.json and the pictures."""
+    out = Path(c["out"])
+    state, last_full_epoch = ev.load_run(out)
+    model.load_state_dict(last_full_epoch.state_dict())
+    metrics, judged, known = assess(c, model, data, inputs)
+    history = state["history"]
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
     if history:
-        history[-1].update({key: metrics.get(key) for key in ev.CURVES})
-    limits = {name: each["threshold"] for name, each in metrics["categories"].items()}
-    save({**state, "threshold": metrics["threshold"], "limits": limits, "scale": judged.scale})
+        history[-1].update({key: metrics.get(key) for key in CURVES})
+    save({**state, "known": known})
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "torchvision": torchvision.__version__, "threads": torch.get_num_threads()}
     record = {"command": command, "config": c, "versions": versions, "history": history,
               "seconds": round(time.perf_counter() - started, 2), "metrics": metrics}
     (out / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if c["pictures"]:
-        ev.draw_curves(out / "curves.png", record, judged, data.labels)
-        ev.draw_examples(out / "examples.png", {"": (model, inputs, judged)}, data.test,
-                         data.labels, data.masks)
+        ev.draw_examples(out / "examples.png", {"": (model, inputs, judged)}, data, command)
     print_result(record, out)
 
 
-def print_result(record, out):
-    print(f"{ev.describe(record['metrics'])}\n{len(record['history'])} epochs, "
-          f"{record['seconds']:.0f} s; files: {', '.join(sorted(map(str, out.glob('*.*'))))}")
+def run(c, command, criterion=None):
+    """One run, from config to metrics on disk -> exit status: 0, or 130 after Ctrl-C.
 
-
-def run(c, command):
-    """One run, from config to metrics on disk: open, build, fit, finish -> exit status."""
-    started, out, status = time.perf_counter(), Path(c["out"]), 0
-    device, rank = start_process(c)
-    print("  ".join(f"{key}={value}" for key, value in sorted(c.items())))
+    criterion: what to train by, in place of the config's loss (for experiments).
+    """
+    started, out = time.perf_counter(), Path(c["out"])
+    device, rank = start_process(c), processes()[0]
     state = open_folder(c)
     if state and len(state["history"]) >= c["epochs"] and (out / "run.json").exists():
         print_result(json.loads((out / "run.json").read_text()), out)
         return 0
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before one writes
-    data, inputs, backbone = ev.open_data(c, device, state and state["backbone"])
-    print_sizes(data, inputs)
+    data, inputs, backbone = ev.open_data(c, device, state)
+    normals = torch.cat([inputs.train, inputs.held]) if c["model"] == "nearest" else inputs.train
+    settle(c, len(normals))
+    print_start(c, data, inputs)
+
     shape = list(inputs.prepare(inputs.train[:1].to(device)).shape[1:])
     torch.manual_seed(c["seed"] + rank)                     # own noise; all get rank 0's weights
-    model = ev.MODELS[c["model"]](c, shape).to(device)
-    if c["model"] == "pca":
-        model.solve(to_float(inputs.train))
-    fixed = {"layout": ev.LAYOUT, "config": c, "shape": shape, "image": list(data.train.shape[1:]),
-             "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}
-    save = functools.partial(write_checkpoint, out / "model.pt", fixed, model)
+    model = ev.build_model(c, shape).to(device)
     if state:
         model.load_state_dict(state["model"])
-    elif rank == 0:
+    elif c["model"] in ev.SOLVED:
+        model.solve(inputs.prepare(normals))
+    fixed = {"version": ev.VERSION, "config": c, "shape": shape, "image": list(data.train.shape[1:]),
+             "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()},
+             "keys": (inputs.train_keys, inputs.held_keys), "white": data.white}
+    save = functools.partial(write_checkpoint, out / "model.pt", fixed, model)
+    if rank == 0 and not state:
         save({"history": []})                               # where this fails, it fails now
-    criterion = ReconstructionLoss(*(c[k] for k in "loss lamp eps over detach log".split()))
-    try:
-        fit(model, inputs.train, criterion, **{key: c[key] for key in FITTING}, save=save,
-            prepare=inputs.prepare, resume=state if state and state["history"] else None,
-            smallest=model.smallest_batch(c["image_size"]) if c["model"] == "ae" else 1,
-            evaluate=lambda epoch: curve_point(epoch, c, model, data, inputs))
-    except KeyboardInterrupt:
-        print("\ninterrupted: evaluating the last full epoch, from which --resume goes on")
-        status = 130
+
+    status = train_model(c, model, inputs, criterion, state, save, functools.partial(
+        curve_point, c=c, model=model, data=data, inputs=inputs))
     if rank == 0:
-        state, trained = ev.load_run(out)
-        model.load_state_dict(trained.state_dict())
-        finish(c, model, data, inputs, save, state, command, started)
+        finish(c, model, data, inputs, save, command, started)
     return status
 
 
-def print_sizes(data, inputs):
-    n, held, bad = len(data.train), len(inputs.held), int(data.labels.sum())
-    print(f"{n} normal ({n - held} train, {held} threshold), 0 anomalous (by design); test "
-          f"{len(data.labels) - bad} normal, {bad} anomalous")
+def print_start(c, data, inputs):
+    """What is trained on what; then the options, those that differ from the defaults first."""
+    anomalous = int(data.labels.sum())
+    print(f"{c['model']}, {c['dataset']} {c['normal']}: {len(inputs.train)} normal images to train "
+          f"on, {len(inputs.held)} for the threshold; to test {len(data.labels) - anomalous} normal, "
+          f"{anomalous} anomalous; {c['epochs']} epochs")
+    usual = parse(["--model", c["model"], "--dataset", c["dataset"]])[1]
+    settle(usual, len(inputs.train))
+    chosen = [f"{key}={c[key]}" for key in c if c[key] != usual[key]]
+    others = [f"{key}={c[key]}" for key in c if c[key] == usual[key]]
+    print("chosen:", *chosen, "\ndefault:", *others)
 
 
-def start_process(c):
-    """Threads and device; under torchrun, join the others -> device, rank (only rank 0 prints)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    torch.set_num_threads(c["threads"] or max(1, os.cpu_count() // world))
-    torch.set_flush_denormal(True)                          # LAMP's tiny gradients are slow
-    if "LOCAL_RANK" not in os.environ:
-        return torch.device(c["device"]), 0
-    dist.init_process_group("cpu:gloo,cuda:nccl" if c["device"] == "cuda" else "gloo")
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
-    local = f":{os.environ['LOCAL_RANK']}" * (c["device"] == "cuda")
-    return torch.device(c["device"] + local), dist.get_rank()
-
-
-def run_each(lines):
-    """A run for each line of options, torch imported once -> the largest exit status."""
-    statuses = [0]
-    for line in lines:
-        try:
-            main(shlex.split(line))
-        except SystemExit as stop:
-            statuses.append(stop.code)
-        if statuses[-1] == 130:                             # Ctrl-C ends them all
-            break
-    return max(statuses)
+def print_result(record, out):
+    files = sorted(str(path) for path in out.glob("*.*"))
+    print(ev.describe(record["metrics"], record["config"]["fpr"]))
+    print(f"{len(record['history'])} epochs, {record['seconds']:.0f} s; files: {', '.join(files)}")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["--each"]:
-        raise SystemExit(run_each(argv[1:]))
     parser, config = parse(argv)
     try:
         status = run(config, shlex.join(["python", "train.py", *argv]))
