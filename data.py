@@ -4,40 +4,53 @@
     data.train                      # (N, C, H, W) uint8, normal images only
     data.test, data.labels          # (M, C, H, W) uint8; (M,) 0 normal, 1 anomalous
 
-Everything is held in memory as uint8 tensors (all of MNIST: 72 MB), so a batch is one indexing
-operation; no workers, no transforms, no pickling. Two kinds of data sets:
-- labeled images (digits, mnist, fashion_mnist, cifar10): `normal` names the classes that are normal
-- folders in MVTec AD's layout (mvtec, folder): `normal` names categories, each with its test set
-Run this file to see which are found, and where they are looked for: python data.py
+All is held in memory (MNIST: 72 MB), so a batch is one indexing operation. Of labeled images
+(digits, mnist, fashion_mnist, cifar10) `normal` names the classes that are normal, of folders
+(mvtec, folder) categories, each with its own test set.
 """
+import glob
 import hashlib
-import os
+import math
+import re
+import time
 import warnings
-from collections import namedtuple
+from collections import defaultdict, namedtuple
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
-from sklearn.datasets import load_digits as sklearn_digits
+from PIL import Image, ImageOps
+from scipy import ndimage
+from sklearn import datasets as sklearn_datasets
 
-Data = namedtuple("Data", "train train_classes test labels masks categories")
+Data = namedtuple("Data", "train train_classes test labels masks categories files white",
+                  defaults=(None, None))
 Data.__doc__ = """What `load` returns.
 train: (N, C, H, W) uint8, all normal; train_classes: N names, the class or category of each
-test: (M, C, H, W) uint8; labels: (M,) int64, 0 normal, 1 anomalous
-masks: (M, H, W) bool, true where defective, or None. An anomalous image without any true pixel
-    has no known mask, and is left out of pixel metrics.
-categories: M names; metrics are computed for each category, then averaged
-"""
-Inputs = namedtuple("Inputs", "train held test prepare images")
-Inputs.__doc__ = """What models are fed: stored tensors to train on, held for the threshold, and to
-test; prepare: stored -> what the model sees; images: those of `train`, where it sees features."""
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-LAYOUT = """{root}/<category>/train/good/*.png
-{root}/<category>/test/good/*.png, {root}/<category>/test/<defect>/*.png
-{root}/<category>/ground_truth/<defect>/<name>_mask.png  (masks, optional)"""
+test: (M, C, H, W) uint8; labels: (M,) int64, 0 normal, 1 anomalous; categories: M names
+masks: (M, H, W) bool, true where defective, or None; an anomalous image without any true pixel
+    has no known mask, and is left out of pixel metrics
+files: of folders, where each of `train` was read; white: see `find_white`"""
+Inputs = namedtuple("Inputs", "train train_classes held held_classes test prepare images "
+                              "train_keys held_keys")
+Inputs.__doc__ = """What models are fed. train, held, test: images, or features, of which `images`
+are those of train; prepare: stored -> what a model sees; keys: the `content_keys`"""
+Category = namedtuple("Category", "normals good bad masks")  # {(defect, image): mask files}
+FOLDER_LAYOUT = """<category>/train/good/*.png  (or ok, normal)
+<category>/test/good/*.png, <category>/test/<defect>/*.png  (optional)
+<category>/ground_truth/<defect>/<name>_mask.png  (optional)
+or, of one category, train/good/*.png, ..., or normal images alone, *.png
+MVTec AD: https://www.mvtec.com/company/research/datasets/mvtec-ad, by hand"""
+PLACE = re.compile(r"""(?: (?P<category>[^/]+) / )??
+    (?: train / (?P<normals>good|ok|normal) | test / (?: (?P<good>good|ok|normal) | (?P<bad>[^/]+) )
+      | (?:ground_truth|masks?|gt) / (?P<defect>[^/]+) (?: / (?P<image>[^/]+) )? )  # MVTec LOCO
+    / [^/]+""", re.VERBOSE | re.IGNORECASE)
+SUFFIXES = set(".png .jpg .jpeg .jfif .jp2 .bmp .gif .tif .tiff .webp .tga .pgm .ppm".split())
+Image.MAX_IMAGE_PIXELS = 2 ** 27    # Pillow refuses more than twice as many, 16,384 x 16,384
 
 
 def to_float(x):
@@ -45,21 +58,15 @@ def to_float(x):
     return x.float() / 255 if x.dtype == torch.uint8 else x.float()
 
 
-def load(dataset, normal=None, data_dir="data", image_size=None, validate=False):
+def load(dataset, normal=None, data_dir="data", image_size=None, validate=False, white=None):
     """A data set as `Data`. normal: "3", "0,1,2", class names, or for folders categories or "all".
-
-    image_size: side in pixels, images are resized to it; None keeps the native size (MNIST's 28 is
-    padded to 32), folders need a number. validate: of labeled images, the last sixth of the
-    training split is the test set, for choosing options without the real one. Raises ValueError
-    (unknown name, class or category; damaged image; mask that does not fit; more than memory) and
-    FileNotFoundError (saying what was expected where).
-    """
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown data set {dataset!r}: use one of {', '.join(DATASETS)}")
-    if DATASETS[dataset] in (load_mvtec, load_folder):
+    image_size: side in pixels; None keeps the native one (MNIST's 28 is padded to 32), but folders
+    need it. validate: of labeled images the last sixth of the training split is the test set, for
+    choosing options. white: a saved run's. Raises ValueError and FileNotFoundError."""
+    if dataset in FOLDERS:
         if validate:
             raise ValueError(f"--validate: {dataset} has no anomalies in its training split")
-        return DATASETS[dataset](normal, Path(data_dir), image_size)
+        return load_folder(normal, Path(data_dir, FOLDERS[dataset]), image_size, white)
     (images, labels), test, classes = DATASETS[dataset](Path(data_dir))
     if validate:
         cut = len(images) * 5 // 6                                  # MNIST: 50,000 and 10,000
@@ -67,58 +74,124 @@ def load(dataset, normal=None, data_dir="data", image_size=None, validate=False)
     return labeled((images, labels), test, classes, normal, image_size)
 
 
-def split(classes, seed, share=0.1):
-    """Indices of the normals to train on, and of those set aside for the threshold: 10 % of each
-    class (at least one, where it has two), drawn by the seed alone."""
+def report(items, what):
+    """One line for all that is passed over: how many, and the first three by name."""
+    if items:
+        names = ", ".join(map(str, items[:3])) + (", ..." if len(items) > 3 else "")
+        print(f"{len(items):,} {what}: {names if names.isprintable() else ascii(names)}")
+
+
+def with_progress(items, what, total):
+    """The items, and every five seconds a line: how many of the `total` are done, time left."""
+    started = printed = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - printed > 5:
+            printed = time.monotonic()
+            left = (printed - started) * (len(items) / done - 1)
+            print(f"{what}: {total * done // len(items)} of {total}, {left:.0f} s left", flush=True)
+        yield item
+
+
+def split(classes, seed, fpr=0.05):
+    """Indices of the normals to train on, and of those set aside for the threshold, by the seed:
+    10 % of a class, or as many as `fpr` needs (19 for .05), but at most a third of a small one."""
     generator, classes = torch.Generator().manual_seed(seed), np.array(classes)
+    needed = math.ceil(round(1 / fpr, 9)) - 1
     train, held = [], []
     for name in sorted(set(classes.tolist())):
         mine = torch.from_numpy(np.flatnonzero(classes == name))
         mine = mine[torch.randperm(len(mine), generator=generator)]
-        count = max(int(share * len(mine)), min(1, len(mine) - 1))
+        count = max(len(mine) // 10, min(needed, len(mine) // 3), min(1, len(mine) - 1))
         held.append(mine[:count])
         train.append(mine[count:])
     return torch.cat(train).sort().values, torch.cat(held).sort().values
 
 
-def to_inputs(data, seed, backbone=None, cache_dir=None, mean_std=None):
-    """Data -> Inputs: images, or a Backbone's features (computed each time if cache_dir is None).
+def content_keys(images):
+    """(N, ...) -> (N,) int64: the first 8 bytes of the SHA-256 of each image's bytes."""
+    digests = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+    return torch.tensor([int.from_bytes(d[:8], "little", signed=True) for d in digests]).long()
 
-    The features are standardized by mean_std (a state dict), or else by their own mean and std on
-    the training part; mean_std = {} leaves them as they are.
-    """
-    train, held = split(data.train_classes, seed)
-    if backbone is None:
-        return Inputs(data.train[train], data.train[held], data.test, to_float, None)
-    stored, test, prepare = data.train, data.test, lambda x: backbone(to_float(x))
-    if cache_dir is not None:
+
+def split_by_content(data, seed, fpr, keys):
+    """`split` of data.train, copies left out -> train, held, and the keys of all. keys: None, or a
+    saved run's (train_keys, held_keys), which then decide. ValueError: they know no image here."""
+    present = content_keys(data.train)
+    once = torch.from_numpy(np.sort(np.unique(present.numpy(), return_index=True)[1]))
+    if len(once) < len(present):
+        print(f"{len(present) - len(once):,} training images are copies of others, left out")
+    if keys is None:
+        train, held = split([data.train_classes[i] for i in once], seed, fpr)
+        return once[train], once[held], present
+    train, held = (once[torch.isin(present[once], saved)] for saved in keys)
+    new = once[~torch.isin(present[once], torch.cat(keys))].tolist()
+    report([data.files[i] if data.files else i for i in new], "normal images are not those this "
+           "run was trained on, left out: train again to use them")
+    if len(train) + len(held) < len(torch.cat(keys)):
+        print(f"{len(torch.cat(keys)) - len(train) - len(held):,} of its normal images are gone")
+    if not len(train):
+        raise ValueError("no image this run was trained on is here: --data-dir says where they are")
+    return train, held, present
+
+
+def to_inputs(data, seed, backbone=None, cache_dir=None, statistics=None, keys=None, fpr=0.05):
+    """Data -> Inputs: images, or a Backbone's features, kept in cache_dir (None: in memory only).
+    statistics: a saved run's {"mean", "std"} of features; None: those of the training part, if
+    backbone.standardizes. keys: a saved run's, see `split_by_content`."""
+    train, held, present = split_by_content(data, seed, fpr, keys)
+    stored, test, prepare, images = data.train, data.test, to_float, None
+    if backbone is not None:
+        images, prepare = data.train[train], backbone.standardize
         stored = cached_features(backbone, data.train, data.train_classes, cache_dir)
         test = cached_features(backbone, data.test, data.categories, cache_dir)
-        prepare = backbone.standardize
-    if mean_std is None:
-        raw = backbone.raw if cache_dir is None else torch.Tensor.half      # cached ones are raw
-        parts = (to_float(x.to(backbone.mean.device)) for x in stored[train].split(32))
-        backbone.fit(torch.cat([raw(x).cpu() for x in parts]))
-    else:
-        backbone.load_state_dict(mean_std, strict=False)
-    return Inputs(stored[train], stored[held], test, prepare, data.train[train])
+        if statistics is not None:
+            backbone.load_state_dict(statistics, strict=False)
+        elif backbone.standardizes:
+            backbone.fit_statistics(stored[train])
+    return Inputs(stored[train], [data.train_classes[i] for i in train],
+                  stored[held], [data.train_classes[i] for i in held],
+                  test, prepare, images, present[train], present[held])
 
 
-# ---- labeled images: one class, or several, is normal ----
+def cached_features(backbone, images, owners, folder):
+    """Raw features (N, C', g, g), float16, of images (N, C, H, W), uint8, computed once: of each of
+    the `owners`, N names, a file in `folder` is named by a hash of its images and the backbone."""
+    weights = hashlib.sha256(f"{backbone.name} {backbone.size}".encode())
+    for tensor in backbone.stages.state_dict().values():
+        weights.update(tensor.cpu().numpy().tobytes())
+    blank = torch.zeros(1, 3, backbone.size, backbone.size, device=backbone.mean.device)
+    features = torch.empty(len(images), *backbone.raw(blank).shape[1:], dtype=torch.half)
+    for name in sorted(set(owners)):
+        index = [i for i, owner in enumerate(owners) if owner == name]
+        mine = images[index]
+        digest = hashlib.sha256(weights.digest() + mine.numpy().tobytes())
+        path = folder and Path(folder, f"{digest.hexdigest()}.npz")
+        try:
+            features[index] = torch.from_numpy(np.load(path)["features"])
+        except Exception:                                           # missing, or damaged (its CRC)
+            batches = with_progress(mine.split(32), f"features of {name}", len(mine))
+            parts = [backbone.raw(to_float(x.to(backbone.mean.device))).cpu() for x in batches]
+            features[index] = torch.cat(parts)
+            if folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(path, features=features[index].numpy())
+    return features
+
 
 def labeled(train, test, classes, normal, image_size):
     """Data from two (images, labels) pairs, images (N, C, H, W) uint8, by the normal classes."""
-    names = [name.lower() for name in classes]
-    wanted = [str(part).strip().lower() for part in str(normal or classes[0]).split(",")]
-    chosen = [names.index(w) if w in names else int(w) if w.isdigit() else -1 for w in wanted]
-    if not all(0 <= c < len(classes) for c in chosen) or len(set(chosen)) == len(classes):
-        raise ValueError(f"--normal {normal}: expected one or more of {', '.join(classes)}, "
-                         "separated by commas, and at least one class left to be anomalous")
-    keep = torch.isin(train[1], torch.tensor(chosen))
-    images, labels = resize(train[0][keep], image_size), train[1][keep]
-    task = ",".join(classes[c] for c in sorted(set(chosen)))
-    return Data(images, [classes[i] for i in labels.tolist()], resize(test[0], image_size),
-                (~torch.isin(test[1], torch.tensor(chosen))).long(), None, [task] * len(test[1]))
+    numbers = {name.lower(): number for number, name in enumerate(classes)}
+    numbers.update({str(number): number for number in range(len(classes))})
+    names = [name.strip().lower() for name in str(normal or classes[0]).split(",")]
+    chosen = sorted({numbers.get(name, -1) for name in names})
+    if chosen[0] < 0 or len(chosen) == len(classes):
+        raise ValueError(f"--normal {normal}: use one or more, not all, of {', '.join(classes)}")
+    (images, owners), (test_images, test_owners) = train, test
+    keep = torch.isin(owners, torch.tensor(chosen))
+    anomalous = ~torch.isin(test_owners, torch.tensor(chosen))
+    return Data(resize(images[keep], image_size), [classes[i] for i in owners[keep]],
+                resize(test_images, image_size), anomalous.long(), None,
+                [",".join(classes[number] for number in chosen)] * len(test_images))
 
 
 def resize(images, size):
@@ -133,233 +206,195 @@ def resize(images, size):
 
 def load_digits(data_dir):
     """The 1,797 digits of 8x8 pixels in scikit-learn, scaled to 32; every third is a test image."""
-    bundle = sklearn_digits()
+    bundle = sklearn_datasets.load_digits()
     images = resize(torch.tensor(bundle.images[:, None] * 255 / 16).byte(), 32)
     labels, test = torch.tensor(bundle.target), torch.arange(1797) % 3 == 2
     return (images[~test], labels[~test]), (images[test], labels[test]), list("0123456789")
 
 
-def load_torchvision(kind):
-    """A loader of a torchvision data set: read from data_dir, downloaded when missing."""
-    def loader(data_dir):
-        splits = []
-        for train in (True, False):
-            try:
-                split = kind(data_dir, train=train)
-            except RuntimeError:                                    # not there: torchvision's way
-                split = download(kind, data_dir, train)
-            images = torch.as_tensor(np.asarray(split.data))
-            images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
-            splits.append((images, torch.as_tensor(split.targets)))
-        return *splits, [name.split(" - ")[0] for name in split.classes]    # MNIST: "3 - three"
-    return loader
+def load_torchvision(name, data_dir):
+    """MNIST, FashionMNIST or CIFAR10 as torchvision reads them, downloaded when missing."""
+    folder = Path(data_dir, "" if name == "CIFAR10" else f"{name}/raw")
+    for path in sorted(folder.glob("*-ubyte")):                     # torchvision names no file
+        header = np.fromfile(path, ">i4", 4 if "images" in path.name else 2).astype(np.int64)
+        if path.stat().st_size != 4 * len(header) + header[1:].prod() or not len(header):
+            raise ValueError(f"{path}: damaged, its {path.stat().st_size:,} bytes are not what its "
+                             "header says; delete it, and it is made anew")
+    kind, splits = getattr(torchvision.datasets, name), []
+    for train in (True, False):
+        try:
+            part = kind(data_dir, train=train, download=True)
+        except Exception as error:                                  # no network, disk, checksum
+            files = [file[0] for file in getattr(kind, "resources", [["cifar-10-python.tar.gz"]])]
+            mirrors = getattr(kind, "mirrors", ["https://www.cs.toronto.edu/~kriz/"])
+            url = [mirror for mirror in mirrors if "lecun" not in mirror][0]    # that one is dead
+            raise FileNotFoundError(
+                f"{name} is not in {folder}, or damaged, and cannot be downloaded ({error}). Put "
+                f"{', '.join(files)} from {url} there, or say where it is by --data-dir") from None
+        images = torch.as_tensor(np.asarray(part.data))
+        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        splits.append((images, torch.as_tensor(part.targets)))
+    return *splits, [name.split(" - ")[0] for name in part.classes]         # MNIST: "3 - three"
 
 
-def download(kind, data_dir, train):
-    try:
-        return kind(data_dir, train=train, download=True)
-    except Exception as error:                                      # no network, disk, checksum
-        where = data_dir / (getattr(kind, "base_folder", "") or f"{kind.__name__}/raw")
-        files = [name for name, _ in getattr(kind, "resources", [])] or [kind.filename]
-        urls = getattr(kind, "mirrors", [getattr(kind, "url", "")])
-        raise FileNotFoundError(
-            f"{kind.__name__} is not in {where} and could not be downloaded ({error}). Get "
-            f"{', '.join(files)} from {urls[-1]} on another machine and unpack in {where}, "
-            "or say where it is with --data-dir") from None
+def load_folder(normal, root, image_size, white=None):
+    """A user's own images, see FOLDER_LAYOUT; MVTec AD (Bergmann et al. 2019) is such a folder."""
+    categories = sort_files(root)
+    names = [normal] if normal in categories else str(normal or "all").split(",")
+    names = list(categories) if names == ["all"] else list(dict.fromkeys(map(str.strip, names)))
+    if not set(names) <= set(categories):
+        raise ValueError(f"--normal {normal}: use all, or some of {', '.join(categories)}")
+    report([name for name in names if not categories[name].good],
+           "categories without normal test images (test/good), so without AUROC")
+    train, test, labels = [], [], []                                # (file, category)
+    for name in names:
+        category = categories[name]
+        train += [(path, name) for path in category.normals]
+        test += [(path, name) for path in category.good + category.bad]
+        labels += [0] * len(category.good) + [1] * len(category.bad)
+    files = [path for path, _ in train + test]
+    white = white or find_white(files[:len(train)])
+    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+    for i, path in enumerate(with_progress(files, "images", len(files))):
+        images[i] = read_image(path, image_size, white)
+    masks = read_masks(test, labels, {name: categories[name].masks for name in names}, image_size)
+    return Data(images[:len(train)], [name for _, name in train], images[len(train):],
+                torch.tensor(labels).long(), masks, [name for _, name in test],
+                files[:len(train)], white)
 
 
-# ---- features: computed once ----
-
-def cached_features(backbone, images, owners, folder):
-    """A Backbone's raw features of images (N, C, H, W) uint8: float16 (N, C', g, g), computed once.
-
-    owners: N names; each category is one file in `folder`, named by a hash of its images and of the
-    backbone's weights and size. A file that is damaged or of something else is never used.
-    """
-    zero = torch.zeros(1, 3, backbone.size, backbone.size, device=backbone.mean.device)
-    out = torch.empty(len(images), *backbone.raw(zero).shape[1:], dtype=torch.half)
-    weights, owners = hashlib.sha256(f"{backbone.name} {backbone.size}".encode()), np.array(owners)
-    for tensor in backbone.stages.state_dict().values():
-        weights.update(tensor.cpu().numpy().tobytes())
-    for name in sorted(set(owners.tolist())):
-        index, digest = torch.from_numpy(np.flatnonzero(owners == name)), weights.copy()
-        digest.update(f"{list(images[index].shape)}".encode() + images[index].numpy().tobytes())
-        path = Path(folder) / f"{digest.hexdigest()}.pt"
-        out[index] = read_or_compute(backbone, images[index], path)
-    return out
-
-
-def read_or_compute(backbone, images, path):
-    def checksum(features):
-        return hashlib.sha256(features.numpy().tobytes()).hexdigest()
-    try:
-        stored = torch.load(path, weights_only=True)
-        if stored["key"] == path.stem and stored["checksum"] == checksum(stored["features"]):
-            return stored["features"]
-    except Exception:                                               # missing or damaged: compute it
-        pass
-    features = torch.cat([backbone.raw(to_float(x.to(backbone.mean.device))).cpu()
-                          for x in images.split(32)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")                      # two runs may write one file
-    torch.save({"key": path.stem, "checksum": checksum(features), "features": features}, part)
-    os.replace(part, path)
-    return features
+def sort_files(root):
+    """Images below root, by their place in FOLDER_LAYOUT -> {name: Category}. Raises ValueError if
+    two folders may hold normal images, FileNotFoundError if none does."""
+    found, other = defaultdict(lambda: Category([], [], [], defaultdict(list))), []
+    for path in list_images([root] if root.is_dir() else []):
+        place = PLACE.fullmatch(path.relative_to(root).as_posix())
+        category = found[place and place["category"] or root.resolve().name]
+        if not place:
+            other.append(path)
+        elif place["defect"]:
+            image = place["image"] or re.sub("(?i)[-_.](mask|gt|label)$", "", path.stem)
+            category.masks[place["defect"].lower(), image].append(path)
+        else:
+            getattr(category, place.lastgroup).append(path)
+    if not any(category.normals for category in found.values()):    # a folder of images alone
+        found[root.resolve().name].normals.extend(path for path in other if path.parent == root)
+        other = [path for path in other if path.parent != root]
+    report(other, "images passed over, for they lie elsewhere than in train/good, test/<name>")
+    found = {name: category for name, category in found.items() if category.normals}
+    for category in found.values():
+        for files in (category.normals, category.good):
+            folders = sorted({str(path.parent) for path in files})
+            if len(folders) > 1:
+                raise ValueError(f"{' and '.join(folders)}: which holds the normal ones? Keep one")
+    if not found:
+        raise FileNotFoundError(f"{root} (--data-dir): no normal images in\n{FOLDER_LAYOUT}")
+    return found
 
 
-# ---- folders in MVTec AD's layout ----
-
-def load_mvtec(normal, data_dir, image_size):
-    """MVTec AD (Bergmann et al. 2019), data_dir/mvtec/<category>/...; never downloaded."""
-    root = data_dir / "mvtec"
-    if not find_categories(root):
-        page = "https://www.mvtec.com/company/research/datasets/mvtec-ad"
-        raise layout_error(root, f"MVTec AD is downloaded by hand, from {page}, and unpacked as")
-    return load_folder(normal, root, image_size)
-
-
-def find_categories(root):
-    """{name: folder}, each folder with train/good; root itself may be the only category."""
-    if (root / "train" / "good").is_dir():
-        return {root.resolve().name: root}
-    return {path.name: path for path in subfolders(root) if (path / "train" / "good").is_dir()}
+def list_images(paths):
+    """Files and folders -> files: those named, and the images in the folders and below them."""
+    found, other = [], []
+    for path in map(Path, paths):
+        names = glob.glob("**/*", root_dir=path, recursive=True) if path.is_dir() else [""]
+        for file in sorted(path / name for name in names if not (path / name).is_dir()):
+            kept = file == path or file.suffix.lower() in SUFFIXES
+            (found if kept else other).append(file)
+    report(other, "files passed over (no images)")
+    return found
 
 
-def layout_error(root, why):
-    found = ", ".join(path.name for path in sorted(root.glob("*"))[:8]) or "nothing"
-    return FileNotFoundError(f"{why}\n{LAYOUT.format(root=root)}\nfound in {root}: {found}")
-
-
-def load_folder(normal, root, image_size):
-    """A user's own images in MVTec AD's layout; masks, and the whole of test/, are optional."""
-    categories = find_categories(root)
-    if not categories:
-        raise layout_error(root, f"expected in {root} (--data-dir)")
-    wanted = list(categories) if normal in (None, "all") else [n.strip() for n in normal.split(",")]
-    if not set(wanted) <= set(categories):
-        raise ValueError(f"--normal {normal}: {root} holds the categories {', '.join(categories)}; "
-                         "name one or more, separated by commas, or all")
-    wanted = list(dict.fromkeys(wanted))
-    train = [(path, name) for name in wanted
-             for path in image_files(categories[name] / "train/good")]
-    test = [(path, name) for name in wanted for defect in subfolders(categories[name] / "test")
-            for path in image_files(defect)]
-    for name in set(wanted) - {owner for _, owner in train}:
-        raise ValueError(f"{categories[name] / 'train/good'}: no image in it (of the kinds "
-                         f"{' '.join(sorted(IMAGE_SUFFIXES))}); put normal images there")
-    check_memory((len(train) + len(test)) * 3 * image_size ** 2)
-    masks, missing = read_masks(test, categories, image_size)
-    if missing and masks is not None:
-        print(f"no mask for {len(missing)} anomalous images, left out of pixel metrics: "
-              f"{', '.join(map(str, missing[:3]))}{' ...' * (len(missing) > 3)}")
-    return Data(read_images(train, image_size), [name for _, name in train],
-                read_images(test, image_size),
-                torch.tensor([int(path.parent.name != "good") for path, _ in test]).long(),
-                masks, [name for _, name in test])
-
-
-def subfolders(folder):
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def image_files(folder):
-    """The images directly in a folder, by name; other files are passed over."""
-    return sorted(p for p in folder.iterdir()
-                  if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-
-
-def check_memory(needed):
-    """Raise ValueError, before anything is read, where the machine has less than `needed` bytes."""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > free:
-            raise ValueError(f"these images need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} "
-                             "GB are there: lower --image-size, or name fewer categories")
-
-
-def read_image(path, size):
-    """Any image Pillow reads, grey, palette, RGBA, CMYK or 16 bit -> (3, size, size) uint8.
-
-    Raises ValueError naming a damaged, truncated or suspiciously large file.
-    """
+@contextmanager
+def opened(path):
+    """A file as a Pillow image. Whatever Pillow objects to becomes a ValueError naming the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                if image.mode == "F":
-                    raise ValueError("its pixels are floating-point numbers of unknown range")
-                if image.mode.startswith("I"):      # 16 bit; Pillow's own conversion clips to white
-                    wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-                    image = Image.fromarray((wide // 257).astype(np.uint8))
-                image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error}); replace or remove it") from None
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+                yield image
+    except Exception as error:                                      # of many kinds, by format
+        raise ValueError(f"{path}: not a readable image ({error}); remove it") from None
 
 
-def read_images(items, size):
-    images = [read_image(path, size) for path, _ in items]
-    return torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+def find_white(files):
+    """The value that becomes 255 in images of 16 or 32 bits, one for all, so that they stay
+    comparable: the first of 1, 2^8 - 1, 2^10 - 1, 2^12 - 1, ... that none exceeds; or None."""
+    largest = 0
+    for path in files:
+        with opened(path) as image:
+            if image.mode[0] in "IF":
+                largest = max(largest, float(np.max(image)))
+    whites = [1, *(2.0 ** bits - 1 for bits in range(8, 130, 2))]
+    return next(white for white in whites if largest <= white) if largest else None
 
 
-def read_masks(test, categories, size):
-    """-> (M, size, size) bool, or None where no image has a mask; and the anomalies without one."""
-    masks, missing, found = torch.zeros(len(test), size, size, dtype=torch.bool), [], False
+def to_rgb(image, white, background):
+    """A Pillow image, upright, as RGB of 8 bits, its transparent pixels on the background."""
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":     # a phone's has a preview
+        raise ValueError(f"{image.n_frames} pages; save each as a file of its own")
+    if ";16" in str(image.tile) and image.mode[0] != "I" and np.max(image) < 16:
+        raise ValueError("of 16 bits a color only the lowest 12 are used; save it with 8")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":                                       # 16 or 32 bits, or floats
+        values = np.asarray(image, np.float32)
+        if not (values.min() >= 0 and values.max() < math.inf):
+            raise ValueError("negative or infinite values")
+        image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def read_image(path, size, white=None):
+    """Any image Pillow reads -> (3, size, size) uint8. white: see `find_white`; None: of this file.
+    Raises ValueError: no file, damaged, of several pages, of more than 268 million pixels."""
+    white = white or find_white([path]) or 1
+    with opened(path) as image:
+        small = to_rgb(image, white, "white").resize((size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)
+
+
+def read_masks(test, labels, masks, size):
+    """-> (M, size, size) bool, or None where there are none; says what has or is no mask.
+    A pixel is true where at least half as much of it is covered as of any of its 8 neighbors: half
+    of it at the edge of a large defect, less where a thin one would vanish."""
+    if not any(masks.values()):
+        return None
+    result, missing = torch.zeros(len(test), size, size, dtype=torch.bool), []
     for i, (path, name) in enumerate(test):
-        if path.parent.name == "good":
-            continue
-        folder = categories[name] / "ground_truth" / path.parent.name
-        paths = [folder / f"{path.stem}{ending}{suffix}" for ending in ("_mask", "")
-                 for suffix in (path.suffix, *sorted(IMAGE_SUFFIXES))]
-        mask_path = next((p for p in paths if p.is_file()), None)
-        if mask_path is None:
+        files = masks[name].pop((path.parent.name.lower(), path.stem), [])
+        if labels[i] and files:
+            covered = read_mask(files, path).resize((size, size), Image.Resampling.BOX)
+            most = ndimage.maximum_filter(covered, 3)
+            result[i] = torch.from_numpy((most > 0) & (covered >= most / 2))
+        if labels[i] and not result[i].any():
             missing.append(path)
-            continue
-        masks[i], found = read_mask(mask_path, path, size), True
-    return (masks if found else None), missing
+    report(missing, "anomalous images without a mask, or an empty one: not in pixel metrics")
+    unmatched = [files[0] for left in masks.values() for files in left.values()]
+    report(unmatched, "masks match no image, ground_truth/<defect>/<name>_mask.png")
+    return result
 
 
-def read_mask(mask_path, image_path, size):
-    try:
-        with Image.open(mask_path) as mask, Image.open(image_path) as image:
-            if mask.size != image.size:
-                raise ValueError(f"{mask_path} has {mask.width}x{mask.height} pixels, its image "
-                                 f"{image_path} {image.width}x{image.height}: they must be equal")
-            mask = np.asarray(mask.convert("L").resize((size, size), Image.Resampling.NEAREST))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{mask_path}: not a readable mask ({error}); replace it") from None
-    return torch.from_numpy(mask > mask.max() / 2)      # defects may be marked by 1 as well as 255
+def read_mask(files, image_path):
+    """The masks of an image, united, as a Pillow image: 1. where they have any color but black."""
+    with opened(image_path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        marked = np.zeros((image.height, image.width), bool)
+    for path in files:
+        with opened(path) as mask:
+            noise = 64 if mask.format == "JPEG" else 0
+            colors = np.asarray(to_rgb(mask, 1, "black"))           # (H, W, 3)
+        if colors.shape[:2] != marked.shape:
+            raise ValueError(f"{path}: {colors.shape[:2]} rows, columns; its image {marked.shape}")
+        marked |= colors.max(2) > noise
+    return Image.fromarray(marked.astype(np.float32))
 
 
-TORCHVISION = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10,
-               "fashion_mnist": torchvision.datasets.FashionMNIST}
-DATASETS = {"digits": load_digits, "mvtec": load_mvtec, "folder": load_folder,
-            **{name: load_torchvision(kind) for name, kind in TORCHVISION.items()}}
-
-
-def main(argv=None):
-    import argparse
-    parser = argparse.ArgumentParser(description="Show which data sets are found, and where.")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
-    data_dir = parser.parse_args(argv).data_dir
-    print("digits          found, with scikit-learn")
-    for name, kind in TORCHVISION.items():
-        where = data_dir / getattr(kind, "base_folder", f"{kind.__name__}/raw")
-        try:
-            counts = [len(kind(data_dir, train=train)) for train in (True, False)]
-            print(f"{name:<15} found in {where}: {counts[0]:,} training, {counts[1]:,} test images")
-        except RuntimeError:
-            print(f"{name:<15} not in {where}: downloaded at first use")
-    for name, root in (("mvtec", data_dir / "mvtec"), ("folder", data_dir)):
-        found = [f"{category} ({len(image_files(path / 'train/good'))} training images)"
-                 for category, path in find_categories(root).items()]
-        print(f"{name:<15} {'found' if found else 'not'} in {root}: {', '.join(found) or '-'}")
-    raise SystemExit(0)
-
+FOLDERS = {"mvtec": "mvtec", "folder": "."}                         # in --data-dir
+DATASETS = {"digits": load_digits, "mnist": partial(load_torchvision, "MNIST"),
+            "fashion_mnist": partial(load_torchvision, "FashionMNIST"),
+            "cifar10": partial(load_torchvision, "CIFAR10"), **FOLDERS}
 
 if __name__ == "__main__":
-    main()
+    print(f"--dataset {', '.join(DATASETS)}\n{FOLDER_LAYOUT}")
