@@ -185,7 +185,8 @@ def labeled(train, test, classes, normal, image_size):
     names = [name.strip().lower() for name in str(normal or classes[0]).split(",")]
     chosen = sorted({numbers.get(name, -1) for name in names})
     if chosen[0] < 0 or len(chosen) == len(classes):
-        raise ValueError(f"--normal {normal}: use one or more, not all, of {', '.join(classes)}")
+        raise ValueError(f"--normal {normal}: expected one or more of {', '.join(classes)}, and "
+                         "at least one class left to be anomalous")
     (images, owners), (test_images, test_owners) = train, test
     keep = torch.isin(owners, torch.tensor(chosen))
     anomalous = ~torch.isin(test_owners, torch.tensor(chosen))
@@ -264,8 +265,7 @@ def load_folder(normal, root, image_size, white=None):
 
 
 def sort_files(root):
-    """Images below root, by their place in FOLDER_LAYOUT -> {name: Category}. Raises ValueError if
-    two folders may hold normal images, FileNotFoundError if none does."""
+    """Images below root, by their place in FOLDER_LAYOUT -> {name: Category}; or a clear error."""
     found, other = defaultdict(lambda: Category([], [], [], defaultdict(list))), []
     for path in list_images([root] if root.is_dir() else []):
         place = PLACE.fullmatch(path.relative_to(root).as_posix())
@@ -288,7 +288,9 @@ def sort_files(root):
             if len(folders) > 1:
                 raise ValueError(f"{' and '.join(folders)}: which holds the normal ones? Keep one")
     if not found:
-        raise FileNotFoundError(f"{root} (--data-dir): no normal images in\n{FOLDER_LAYOUT}")
+        there = ", ".join(path.name for path in sorted(root.glob("*"))[:8]) or "nothing"
+        raise FileNotFoundError(f"no normal images, expected in {root} (--data-dir) as\n"
+                                f"{FOLDER_LAYOUT}\nfound in {root}: {there}")
     return found
 
 
@@ -298,8 +300,7 @@ def list_images(paths):
     for path in map(Path, paths):
         names = glob.glob("**/*", root_dir=path, recursive=True) if path.is_dir() else [""]
         for file in sorted(path / name for name in names if not (path / name).is_dir()):
-            kept = file == path or file.suffix.lower() in SUFFIXES
-            (found if kept else other).append(file)
+            (found if file == path or file.suffix.lower() in SUFFIXES else other).append(file)
     report(other, "files passed over (no images)")
     return found
 
@@ -324,7 +325,7 @@ def find_white(files):
         with opened(path) as image:
             if image.mode[0] in "IF":
                 largest = max(largest, float(np.max(image)))
-    whites = [1, *(2.0 ** bits - 1 for bits in range(8, 130, 2))]
+    whites = [1, *(2.0 ** bits - 1 for bits in range(8, 130, 2)), math.inf]
     return next(white for white in whites if largest <= white) if largest else None
 
 
@@ -347,8 +348,7 @@ def to_rgb(image, white, background):
 
 
 def read_image(path, size, white=None):
-    """Any image Pillow reads -> (3, size, size) uint8. white: see `find_white`; None: of this file.
-    Raises ValueError: no file, damaged, of several pages, of more than 268 million pixels."""
+    """Any image Pillow reads, see `to_rgb` -> (3, size, size) uint8; white: None: of this file."""
     white = white or find_white([path]) or 1
     with opened(path) as image:
         small = to_rgb(image, white, "white").resize((size, size), Image.Resampling.BILINEAR)
