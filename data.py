@@ -81,14 +81,14 @@ def report(items, what):
         print(f"{len(items):,} {what}: {names if names.isprintable() else ascii(names)}")
 
 
-def with_progress(items, what, each=1):
-    """The items; every five seconds, how many images are done (`each` an item) and time left."""
+def with_progress(items, what, total):
+    """The items, and every five seconds a line: how many of the `total` are done, time left."""
     started = printed = time.monotonic()
     for done, item in enumerate(items):
         if time.monotonic() - printed > 5:
             printed = time.monotonic()
             left = (printed - started) * (len(items) / done - 1)
-            print(f"{what}: {done * each} of {len(items) * each}, {left:.0f} s left", flush=True)
+            print(f"{what}: {total * done // len(items)} of {total}, {left:.0f} s left", flush=True)
         yield item
 
 
@@ -154,8 +154,8 @@ def to_inputs(data, seed, backbone=None, cache_dir=None, statistics=None, keys=N
 
 
 def cached_features(backbone, images, owners, folder):
-    """Raw features (N, C', g, g), float16, of images (N, C, H, W), uint8, computed once: for each of
-    the owners (N names) a file in `folder`, named by a hash of its images and the backbone."""
+    """Raw features (N, C', g, g), float16, of images (N, C, H, W), uint8, computed once: of each of
+    the `owners`, N names, a file in `folder` is named by a hash of its images and the backbone."""
     weights = hashlib.sha256(f"{backbone.name} {backbone.size}".encode())
     for tensor in backbone.stages.state_dict().values():
         weights.update(tensor.cpu().numpy().tobytes())
@@ -169,8 +169,8 @@ def cached_features(backbone, images, owners, folder):
         try:
             features[index] = torch.from_numpy(np.load(path)["features"])
         except Exception:                                           # missing, or damaged (its CRC)
-            batches = with_progress(mine.split(32), f"features of {name}", 32)
-            parts = [backbone.raw(to_float(batch.to(backbone.mean.device))).cpu() for batch in batches]
+            batches = with_progress(mine.split(32), f"features of {name}", len(mine))
+            parts = [backbone.raw(to_float(x.to(backbone.mean.device))).cpu() for x in batches]
             features[index] = torch.cat(parts)
             if folder:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,8 @@ def labeled(train, test, classes, normal, image_size):
     names = [name.strip().lower() for name in str(normal or classes[0]).split(",")]
     chosen = sorted({numbers.get(name, -1) for name in names})
     if chosen[0] < 0 or len(chosen) == len(classes):
-        raise ValueError(f"--normal {normal}: use one or more, not all, of {', '.join(classes)}")
+        raise ValueError(f"--normal {normal}: expected one or more of {', '.join(classes)}, and "
+                         "at least one class left to be anomalous")
     (images, owners), (test_images, test_owners) = train, test
     keep = torch.isin(owners, torch.tensor(chosen))
     anomalous = ~torch.isin(test_owners, torch.tensor(chosen))
@@ -255,7 +256,7 @@ def load_folder(normal, root, image_size, white=None):
     files = [path for path, _ in train + test]
     white = white or find_white(files[:len(train)])
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
-    for i, path in enumerate(with_progress(files, "images")):
+    for i, path in enumerate(with_progress(files, "images", len(files))):
         images[i] = read_image(path, image_size, white)
     masks = read_masks(test, labels, {name: categories[name].masks for name in names}, image_size)
     return Data(images[:len(train)], [name for _, name in train], images[len(train):],
@@ -264,10 +265,9 @@ def load_folder(normal, root, image_size, white=None):
 
 
 def sort_files(root):
-    """Images below root, by their place in FOLDER_LAYOUT -> {name: Category}. Raises ValueError if
-    two folders may hold normal images, FileNotFoundError if none does."""
+    """Images below root, by their place in FOLDER_LAYOUT -> {name: Category}; or a clear error."""
     found, other = defaultdict(lambda: Category([], [], [], defaultdict(list))), []
-    for path in list_images([root]):
+    for path in list_images([root] if root.is_dir() else []):
         place = PLACE.fullmatch(path.relative_to(root).as_posix())
         category = found[place and place["category"] or root.resolve().name]
         if not place:
@@ -288,7 +288,9 @@ def sort_files(root):
             if len(folders) > 1:
                 raise ValueError(f"{' and '.join(folders)}: which holds the normal ones? Keep one")
     if not found:
-        raise FileNotFoundError(f"{root} (--data-dir): no normal images in\n{FOLDER_LAYOUT}")
+        there = ", ".join(path.name for path in sorted(root.glob("*"))[:8]) or "nothing"
+        raise FileNotFoundError(f"no normal images, expected in {root} (--data-dir) as\n"
+                                f"{FOLDER_LAYOUT}\nfound in {root}: {there}")
     return found
 
 
@@ -298,8 +300,7 @@ def list_images(paths):
     for path in map(Path, paths):
         names = glob.glob("**/*", root_dir=path, recursive=True) if path.is_dir() else [""]
         for file in sorted(path / name for name in names if not (path / name).is_dir()):
-            kept = file == path or file.suffix.lower() in SUFFIXES
-            (found if kept else other).append(file)
+            (found if file == path or file.suffix.lower() in SUFFIXES else other).append(file)
     report(other, "files passed over (no images)")
     return found
 
@@ -324,7 +325,7 @@ def find_white(files):
         with opened(path) as image:
             if image.mode[0] in "IF":
                 largest = max(largest, float(np.max(image)))
-    whites = [1, *(2.0 ** bits - 1 for bits in range(8, 130, 2))]
+    whites = [1, *(2.0 ** bits - 1 for bits in range(8, 130, 2)), math.inf]
     return next(white for white in whites if largest <= white) if largest else None
 
 
@@ -347,8 +348,7 @@ def to_rgb(image, white, background):
 
 
 def read_image(path, size, white=None):
-    """Any image Pillow reads -> (3, size, size) uint8. white: see `find_white`; None: of this file.
-    Raises ValueError: no file, damaged, of several pages, of more than 268 million pixels."""
+    """Any image Pillow reads, see `to_rgb` -> (3, size, size) uint8; white: None: of this file."""
     white = white or find_white([path]) or 1
     with opened(path) as image:
         small = to_rgb(image, white, "white").resize((size, size), Image.Resampling.BILINEAR)
@@ -386,7 +386,7 @@ def read_mask(files, image_path):
             noise = 64 if mask.format == "JPEG" else 0
             colors = np.asarray(to_rgb(mask, 1, "black"))           # (H, W, 3)
         if colors.shape[:2] != marked.shape:
-            raise ValueError(f"{path}: {colors.shape[:2]} rows and columns, its image {marked.shape}")
+            raise ValueError(f"{path}: {colors.shape[:2]} rows, columns; its image {marked.shape}")
         marked |= colors.max(2) > noise
     return Image.fromarray(marked.astype(np.float32))
 

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import csv
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -15,9 +16,11 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +243,12 @@ def test_reestimated_batch_norm_holds_the_mean_and_variance_of_all_inputs():
 
 # ---- data.py ----
 
+def said(work, *arguments, **options):
+    """A call's result and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return work(*arguments, **options), out.getvalue()
+
+
 def test_labeled_images_are_normal_by_class_and_anomalous_otherwise():
     x, classes = images(60), [f"class {i}" for i in range(10)]
     sets = [(part, torch.arange(len(part)) % 10) for part in (x, x[:30])]
@@ -248,11 +257,11 @@ def test_labeled_images_are_normal_by_class_and_anomalous_otherwise():
         assert torch.equal(d.train, x[torch.isin(index % 10, torch.tensor(chosen))])
         assert d.labels.tolist() == [int(i % 10 not in chosen) for i in range(30)]
         assert d.train_classes == [f"class {i % 10}" for i in range(60) if i % 10 in chosen]
-    for wrong in ("10", "-1", "x", "0,1,2,3,4,5,6,7,8,9"):
+    for wrong in ("10", "-1", "x", "²", "0,1,2,3,4,5,6,7,8,9"):
         refused("class 0", data.labeled, *sets, classes, wrong, None)
 
 
-def test_mnist_is_padded_to_32_and_validation_takes_the_last_sixth_of_training():
+def test_mnist_is_padded_to_32_validates_on_the_last_sixth_and_a_damaged_file_is_named():
     x, labels = images(80, 28), torch.arange(80, dtype=torch.uint8) % 10
     Path("MNIST/raw").mkdir(parents=True)
     for name, part in (("train-images-idx3", x[:60, 0]), ("train-labels-idx1", labels[:60]),
@@ -262,62 +271,205 @@ def test_mnist_is_padded_to_32_and_validation_takes_the_last_sixth_of_training()
     d, v = (data.load("mnist", "3", ".", validate=validate) for validate in (False, True))
     assert torch.equal(d.train, F.pad(x[3:60:10], [2] * 4)) and len(d.test) == 20
     assert torch.equal(v.test, F.pad(x[50:60], [2] * 4)) and torch.equal(v.train, d.train[:5])
+    for file in Path("MNIST/raw").iterdir():
+        whole = file.read_bytes()
+        for damaged in (b"", whole[:3], whole[:-1], whole + b"0"):
+            file.write_bytes(damaged)
+            refused(f"{file.name}: damaged", data.load, "mnist", "3", ".")
+        file.write_bytes(whole)
 
 
 def test_a_missing_data_set_says_which_files_to_put_where(monkeypatch):
     monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", None)       # no network
-    for name, words in (("mnist", "train-images-idx3-ubyte.gz.*--data-dir"),
-                        ("cifar10", "cifar-10-python.tar.gz"), ("mvtec", "mvtec.com")):
+    for name, words in (("mnist", "train-images-idx3-ubyte.gz.*ossci-datasets.*--data-dir"),
+                        ("fashion_mnist", "t10k-labels-idx1-ubyte.gz.*fashion-mnist"),
+                        ("cifar10", "cifar-10-python.tar.gz from https://www.cs.toronto"),
+                        ("mvtec", "mvtec.com"), ("folder", "<category>/train/good")):
         refused(words, data.load, name, None, ".", 32)
 
 
 def test_every_kind_of_image_becomes_three_channels_of_eight_bits():
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image, ink = Image.fromarray(gray), Image.fromarray(255 - gray)
-    image.save("L.png")
+    for name in ("L.png", "L.pgm", "L.gif", "L.tif", "line\nbreak $x$.png", "\udcff.bmp"):
+        image.save(name)
     image.convert("P").save("P.bmp")
-    Image.fromarray(gray.astype(np.uint16) * 257).save("I16.png")
-    Image.merge("RGBA", [image] * 4).save("RGBA ü.tiff")
-    Image.merge("CMYK", [ink, ink, ink, Image.new("L", (16, 16))]).save("CMYK.tif")
+    for bits in (10, 12, 16):                                       # in files of 16
+        wide = (gray * ((2 ** bits - 1) / 255)).round().astype(np.uint16)
+        Image.fromarray(wide).save(f"{bits}.png")
+    Image.fromarray(gray.astype(np.int32)).save("I.tif")
+    Image.fromarray(gray.astype(np.float32)).save("F255.tif")
+    Image.fromarray(gray / np.float32(255)).save("F1.tif")
+    black = Image.new("L", (16, 16))
+    Image.merge("CMYK", [ink, ink, ink, black]).save("CMYK.tif")
+    Image.merge("LA", [black, ink]).save("LA.png")                  # what is transparent is white
+    Image.merge("RGBA", [black, black, black, ink]).save("RGBA ü.tiff")
+    image.transpose(Image.Transpose.ROTATE_90).save("turned.tif", tiffinfo={0x0112: 6})
     for path in Path().iterdir():
         assert torch.equal(data.read_image(path, 16), torch.tensor(gray).expand(3, -1, -1)), path
     Image.new("RGB", (1, 1), (1, 2, 3)).save("one.png")
     assert data.read_image("one.png", 8)[:, 5, 5].tolist() == [1, 2, 3]
 
 
-def test_folders_keep_categories_pair_masks_and_skip_stray_files():
+def test_images_of_sixteen_bits_share_one_scale_whatever_the_largest_value_of_each():
+    for name, value in (("a", 4095), ("b", 0), ("c", 500)):
+        Image.fromarray(np.full((4, 4), value, np.uint16)).save(f"{name}.png")
+    d, _ = said(data.load, "folder", None, ".", 4)
+    assert d.white == 4095 and d.train[:, 0, 0, 0].tolist() == [255, 0, round(500 / 4095 * 255)]
+    assert torch.equal(data.read_image("c.png", 4, d.white), d.train[2])
+    assert data.read_image("c.png", 4)[0, 0, 0] == round(500 / 1023 * 255)      # alone: 10 bits
+
+
+def test_what_cannot_be_read_is_refused_by_name(monkeypatch):
+    Image.new("L", (8, 8), 9).save("good.png")
+    expected = {"empty.png": "", "cut.png": "", "no.png": "No such", "twelve.png": "lowest 12"}
+    for name, value in (("nan", math.nan), ("infinite", math.inf), ("negative", -1)):
+        Image.fromarray(np.full((8, 8), value, np.float32)).save(f"{name}.tif")
+        expected[f"{name}.tif"] = "negative or infinite"
+    for name in ("pages.tif", "moves.gif"):
+        Image.new("L", (8, 8)).save(name, save_all=True, append_images=[Image.new("L", (8, 8), 9)])
+        expected[name] = "2 pages"
+    Path("empty.png").touch()
+    Path("cut.png").write_bytes(Path("good.png").read_bytes()[:45])
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),       # 16 bits a color
+             (b"IDAT", zlib.compress(bytes(8 * 49))), (b"IEND", b""))
+    Path("twelve.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts))
+    for name, words in expected.items():
+        refused(f"{name}: not a readable image.*{words}", data.read_image, name, 8)
+    assert Image.MAX_IMAGE_PIXELS == 2 ** 27                        # Pillow warns beyond it, and
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 33)              # refuses twice as many
+    assert data.read_image("good.png", 8).unique().tolist() == [9]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)
+    refused("good.png: not a readable.*decompression bomb", data.read_image, "good.png", 8)
+
+
+def test_folders_keep_categories_pair_masks_and_name_what_they_pass_over():
     root = make_folder()
     (root / "bolt/test/hole/notes.txt").write_text("stray")
-    (root / "bolt/ground_truth/hole/003_mask.png").unlink()
-    d = data.load("folder", "all", root, 16)
+    (root / "bolt/train/good/camera 2").mkdir()
+    Image.new("L", (32, 32)).save(root / "bolt/train/good/camera 2/000.png")
+    (root / "bolt/ground_truth/hole/003_mask.png").rename(root / "bolt/ground_truth/hole/9.png")
+    d, text = said(data.load, "folder", "all", root, 16)
     assert d.train.shape == (40, 3, 16, 16) and d.train_classes == ["bolt"] * 20 + ["nut 3"] * 20
     assert d.categories == ["bolt"] * 8 + ["nut 3"] * 8
     assert d.labels.tolist() == ([0] * 4 + [1] * 4) * 2
     expected = torch.zeros(16, 16, 16, dtype=torch.bool)
     expected[[4, 5, 6, 12, 13, 14, 15], 2:6, 4:10] = True
     assert torch.equal(d.masks, expected)
-    assert data.load("folder", None, root / "bolt", 16).categories == ["bolt"] * 8
-
-
-def test_broken_images_and_masks_are_named(monkeypatch):
-    root = make_folder(["bolt"])
-    image = root / "bolt/train/good/003.png"
-    image.write_bytes(image.read_bytes()[:500])
-    refused("003.png: not a readable image", data.load, "folder", None, root, 16)
+    for words in ("1 files passed over.*notes.txt", "1 images passed over.*camera 2/000.png",
+                  "1 anomalous images without.*hole/003.png", "1 masks match no.*hole/9.png"):
+        assert re.search(words, text), (words, text)
+    refused("bolt, nut 3", data.load, "folder", "../bolt", root, 16)
     Image.new("L", (5, 7)).save(root / "bolt/ground_truth/hole/000_mask.png")
-    refused("000_mask.png has 5x7 pixels.*32x32", data.load, "folder", None, root, 16)
-    refused("categories bolt", data.load, "folder", "../bolt", root, 16)
-    refused("GB of memory", data.check_memory, 1e18)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    refused("decompression bomb", data.read_image, root / "bolt/train/good/000.png", 16)
+    refused(r"000_mask.png: \(7, 5\) rows.*\(32, 32\)", data.load, "folder", None, root, 16)
 
 
-def test_a_tenth_of_each_class_is_set_aside_by_the_seed_alone():
-    classes = ["a"] * 40 + ["b"] * 25 + ["c"]
-    (part, held), (_, again), (_, other) = (data.split(classes, seed) for seed in (3, 3, 4))
-    assert sorted(torch.cat([part, held]).tolist()) == list(range(66))
-    assert [sum(classes[i] == name for i in held) for name in "abc"] == [4, 2, 0]
-    assert torch.equal(held, again) and not torch.equal(held, other)
+def test_normals_are_found_under_their_other_names_and_what_is_ambiguous_is_refused():
+    root = make_folder(["bolt"]) / "bolt"
+    for part, name in itertools.product(("train", "test"), ("Good", "OK", "normal")):
+        normals, = (path for path in (root / part).iterdir() if path.name != "hole")
+        normals.rename(root / part / name)
+        d = data.load("folder", None, root, 8)
+        assert d.labels.tolist() == [0] * 4 + [1] * 4 and len(d.train) == 20
+        shutil.copytree(root / part / name, root / part / "good")
+        refused("which holds the normal ones", data.load, "folder", None, "set", 8)
+        shutil.rmtree(root / part / "good")
+    (root / "test/normal").rename(root / "test/gut")
+    d, text = said(data.load, "folder", None, root, 8)
+    assert d.labels.all() and "1 categories without normal test images" in text
+    d, text = said(data.load, "folder", None, root / "train/normal", 8)     # images alone: normals
+    assert d.train_classes == ["normal"] * 20 and d.test.shape == (0, 3, 8, 8) and d.masks is None
+    assert d.labels.shape == (0,) and "1 categories without normal test images" in text
+
+
+def mask_of(masks, size=16, **options):
+    """The mask that `load` makes of an anomalous image's masks {place: Pillow image}."""
+    root = make_folder(["bolt"]) / "bolt"
+    shutil.rmtree(root / "ground_truth")
+    for place, mask in masks.items():
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        mask.save(root / place, **options)
+    result, _ = said(data.load, "folder", None, root, size)
+    shutil.rmtree("set")
+    return result.masks[4]
+
+
+def test_a_mask_marks_by_any_color_but_black_whatever_its_form_its_name_and_its_place():
+    bar = np.zeros((32, 32), np.uint8)
+    bar[4:12, 8:20] = np.arange(1, 97).reshape(8, 12)               # many values, the lowest 1
+    expected, mask = torch.tensor(bar[::2, ::2] > 0), Image.fromarray(bar)
+    sharp, exif = Image.fromarray((bar > 0).astype(np.uint8) * 255), Image.Exif()
+    for place in ("ground_truth/hole/000_mask.png", "ground_truth/hole/000.PNG",
+                  "GT/Hole/000/1.tif", "Masks/hole/000_gt.bmp", "mask/hole/000-label.png"):
+        assert torch.equal(mask_of({place: mask}), expected), place
+    palette = Image.fromarray((bar > 0).astype(np.uint8))
+    palette.putpalette([0, 0, 0, 0, 0, 1])
+    cut_out = Image.merge("LA", [Image.new("L", (32, 32), 255), sharp])
+    for form in (palette, cut_out, *(Image.fromarray(bar.astype(kind)) for kind in "?Hif")):
+        assert torch.equal(mask_of({"masks/hole/000.tif": form}), expected), form.mode
+    odd, even = (Image.fromarray(np.where(bar % 2 == k, bar, 0)) for k in (1, 0))
+    both = {"ground_truth/hole/000/a.png": odd, "ground_truth/hole/000/b.png": even}    # MVTec LOCO
+    assert torch.equal(mask_of(both), expected)
+    assert torch.equal(mask_of({"ground_truth/hole/000.jpg": sharp}, quality=90), expected)
+    exif[0x0112], turned = 6, sharp.transpose(Image.Transpose.ROTATE_90)
+    assert torch.equal(mask_of({"ground_truth/hole/000.png": turned}, exif=exif), expected)
+
+
+def test_a_mask_is_true_where_half_as_much_is_covered_as_of_any_neighbor():
+    whole = np.random.default_rng(0).random((32, 32)) < 0.1
+    whole[20:, 20:], whole[3, :] = True, True                       # a large defect and a thin one
+    covered, expected = whole.reshape(8, 4, 8, 4).mean((1, 3)), torch.zeros(8, 8, dtype=torch.bool)
+    for i, j in itertools.product(range(8), range(8)):
+        most = covered[max(i - 1, 0):i + 2, max(j - 1, 0):j + 2].max()
+        expected[i, j] = bool(covered[i, j] > 0) and bool(covered[i, j] >= most / 2)
+    assert torch.equal(mask_of({"gt/hole/000.png": Image.fromarray(whole)}, size=8), expected)
+    assert expected[0].all() and expected[6:, 6:].all()
+
+
+def test_as_many_are_set_aside_as_the_threshold_needs_but_no_more_than_a_third():
+    for n, count in {1: 0, 2: 1, 3: 1, 12: 4, 30: 10, 56: 18, 60: 19, 190: 19, 209: 20}.items():
+        part, held = data.split(["a"] * n + ["b"] * 400, 3)
+        assert sorted(torch.cat([part, held]).tolist()) == list(range(n + 400))
+        assert [int((held < n).sum()), int((held >= n).sum())] == [count, 40]
+    for n, count in {400: 99, 240: 80}.items():
+        assert len(data.split(["a"] * n, 3, fpr=0.01)[1]) == count
+    for seed in (3, 4):
+        drawn = torch.randperm(400, generator=torch.Generator().manual_seed(seed))[:40]
+        assert torch.equal(data.split(["a"] * 400, seed)[1], drawn.sort().values)
+
+
+def test_the_images_set_aside_are_known_by_their_content_and_copies_are_left_out():
+    def inputs_of(train, keys=None):
+        files = [f"{i}.png" for i in range(len(train))]
+        d = data.Data(train, ["a"] * len(train), images(1), None, None, ["a"], files)
+        return said(data.to_inputs, d, 0, keys=keys)
+    x = images(60)
+    first, text = inputs_of(x)
+    digest = hashlib.sha256(first.held[0].numpy().tobytes()).digest()
+    assert first.held_keys[0] == int.from_bytes(digest[:8], "little", signed=True)
+    assert (len(first.train), len(first.held), text) == (41, 19, "")
+    twice, _ = inputs_of(x.repeat(2, 1, 1, 1))
+    assert torch.equal(twice.train, first.train) and torch.equal(twice.held, first.held)
+    saved, here = (first.train_keys, first.held_keys), data.content_keys(x[10:])
+    later, text = inputs_of(torch.cat([images(5), x[10:].flip(0), x[10:20]]), saved)
+    for now, before in zip((later.train_keys, later.held_keys), saved):
+        assert sorted(now.tolist()) == sorted(before[torch.isin(before, here)].tolist())
+    assert re.search("10 training images are copies.*\n5 normal images are not.* trained on.*: "
+                     "0.png, 1.png, 2.png, ...\n10 of its normal images are gone", text)
+    refused("no image this run was trained on", inputs_of, images(9), saved)
+
+
+def test_folders_become_a_list_of_images_and_long_work_says_how_much_is_left(monkeypatch):
+    make_folder(["bolt"])
+    Path("set/bolt/test/.hidden.png").touch()
+    Path("set/bolt/test/a.heic").touch()
+    found, text = said(data.list_images, ["set/bolt/test", "odd.xyz"])
+    assert len(found) == 9 and found[-1] == Path("odd.xyz") and "1 files passed over" in text
+    monkeypatch.setattr(data.time, "monotonic", itertools.count(0, 3).__next__)
+    items, text = said(lambda: list(data.with_progress(range(10), "images", 300)))
+    assert items == list(range(10)) and text.startswith("images: 30 of 300, 81 s left\n")
 
 
 # ---- evaluate.py ----
