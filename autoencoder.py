@@ -120,11 +120,12 @@ class PCA(nn.Module):
 
 
 class NearestToken(nn.Module):
-    """Each token of features becomes the nearest one (L2) in a bank: the tokens of normal images.
+    """Each token of features becomes the mean of the 3 nearest ones (L2) in a bank, the tokens of
+    normal images: what no normal image shows, it cannot reconstruct.
 
-    f -> f_hat, (B, C, g, g) -> (B, C, g, g); the error ||f_hat - f|| is the distance to the nearest
-    normal token. An image that is itself in the bank is compared with the others alone: it would
-    have no error at all. channels: C; grid: g; images: those in the bank, which `solve` fills.
+    f -> f_hat, (B, C, g, g) -> (B, C, g, g). An image that is itself in the bank is compared with
+    the others alone: it would have no error at all. channels: C; grid: g; images: those in the
+    bank, which `solve` fills.
     """
 
     def __init__(self, channels, grid, images):
@@ -133,7 +134,7 @@ class NearestToken(nn.Module):
         self.bank = nn.Parameter(bank, requires_grad=False)
 
     def solve(self, features, seed=0):
-        """Draw the bank from normals' features (N, C, g, g); of fewer than it holds, all, repeated."""
+        """Draw the bank from normals' features (N, C, g, g); of fewer than it holds some repeat."""
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
         drawn = order[torch.arange(len(self.bank)) % len(order)]
         self.bank.copy_(features[drawn].flatten(2).transpose(1, 2))
@@ -144,7 +145,9 @@ class NearestToken(nn.Module):
     def reconstruct(self, tokens):                              # (g g, C) -> (C, g g)
         others = self.bank[(self.bank != tokens).flatten(1).any(1)]
         others = (others if len(others) else self.bank).flatten(0, 1)
-        return others[torch.cdist(tokens, others).argmin(1)].T
+        distances = torch.cdist(tokens, others)                 # (g g, tokens in the bank)
+        nearest = distances.topk(min(3, len(others)), largest=False).indices
+        return others[nearest].mean(1).T
 
 
 # ---- from a reconstruction to a score (Sec. 3.1, "Evaluation metric"), for every model here ----
@@ -166,12 +169,17 @@ def error_maps(model, x, prepare=lambda stored: stored):
     return torch.cat(maps)
 
 
-def heat_maps(errors, size, sigma=0.0):
-    """Errors (N, H, W) as maps of the image's size, (N, size, size), for pixels and pictures: those
-    of features are scaled up (bilinear, corners aligned), those of images blurred by sigma pixels."""
+def heat_maps(errors, size):
+    """Errors (N, H, W) as maps of the image's size, (N, size, size): those of features are scaled
+    up (bilinear, corners aligned), those of images are maps of that size already."""
     if errors.shape[-1] == size:
-        return gaussian_blur(errors, sigma) if sigma else errors
+        return errors
     return F.interpolate(errors[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
+
+
+def anomaly_maps(model, x, size, prepare=lambda stored: stored):
+    """Both: stored inputs (N, C, H, W) -> (N, size, size), the error at each pixel."""
+    return heat_maps(error_maps(model, x, prepare), size)
 
 
 def gaussian_blur(maps, sigma):

@@ -23,7 +23,7 @@ import torch
 from matplotlib import colormaps
 from scipy import stats
 
-from autoencoder import (PCA, ConvAutoencoder, NearestToken, aupro, auroc, average_precision,
+from autoencoder import (PCA, ConvAutoencoder, NearestToken, anomaly_maps, aupro, auroc, average_precision,
                          draw_columns, error_maps, gaussian_blur, heat_maps, image_scores,
                          place_statistics, standardize, threshold)
 from data import FOLDERS, list_images, load, read_image, resize, to_float, to_inputs

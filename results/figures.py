@@ -1,0 +1,85 @@
+"""Figures: runs of train.py side by side.
+
+    python results/figures.py examples OUT.jpg RUN...     the paper's Fig. 4: the same test images as
+                                                          each run reconstructs them
+    python results/figures.py curves OUT.png RUN...       error and AUROC over the epochs
+
+To be run in the repository's folder, after the runs have been made (results/sweep.py).
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+CURVES = ("base_error", "image_auroc", "pixel_auroc")
+
+
+def examples(out, runs, data_dir):
+    """Input, then reconstruction and error of each run, and the mask: four normals, four anomalies,
+    from the smallest score of the first run to the largest. Raises ValueError: other test images."""
+    sys.path.insert(0, str(ROOT))
+    import evaluate as ev
+    seen, images = {}, None
+    for run in runs:
+        state, model = ev.load_run(run)
+        c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
+        data, inputs, _ = ev.open_data(c, "cpu", state)
+        if images is not None and not images.equal(data.test):
+            raise ValueError(f"{run} has other test images than {runs[0]}")
+        images = data.test
+        seen[title_of(c)] = (model, inputs, ev.judge(model, c, data, inputs)[1])
+    footer = f"python results/figures.py examples {out} {' '.join(map(str, runs))}"
+    ev.draw_examples(out, seen, data, footer)
+
+
+def title_of(c):
+    """A run in words: "L2-LAMP"; of other models than the autoencoder also their name."""
+    loss = f"{c['loss'].upper()}{'-LAMP' if c['lamp'] else ''}"
+    return loss if c["model"] == "ae" else f"{c['model']}, {loss}"
+
+
+def curves(out, runs, data_dir):
+    """A panel for each of CURVES that some run has, a line a run."""
+    records = [json.loads(Path(run, "run.json").read_text()) for run in runs]
+    points = {}                                             # (curve, run's number): epochs, values
+    for key in CURVES:
+        for number, record in enumerate(records):
+            known = [(h["epoch"], h[key]) for h in record["history"] if h.get(key) is not None]
+            if known:
+                points[key, number] = known
+    shown = [key for key in CURVES if any(curve == key for curve, _ in points)]
+    if not shown:
+        raise ValueError("these runs have no history: they were solved, not trained")
+    figure = Figure(figsize=(4.5 * len(shown), 3.4), layout="constrained")
+    axes = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0]))
+    for (key, number), known in points.items():
+        epochs, values = zip(*known)
+        axes[key].plot(epochs, values, "o-", markersize=3, label=title_of(records[number]["config"]))
+        axes[key].set(xlabel="epoch", title=key.replace("_", " "))
+    axes[shown[0]].legend(fontsize=7)
+    figure.supxlabel(f"python results/figures.py curves {out} {' '.join(map(str, runs))}", fontsize=7)
+    figure.savefig(out, dpi=110)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("figure", choices=("examples", "curves"))
+    add("out", help="the picture")
+    add("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
+    add("--data-dir", help="where the data sets are (default: where the run found them)")
+    args = parser.parse_args(argv)
+    draw = {"examples": examples, "curves": curves}[args.figure]
+    try:
+        draw(args.out, args.runs, args.data_dir)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"figures.py: {error}\n")
+    print(f"wrote {args.out}")
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()
