@@ -877,7 +877,7 @@ WRONG = {
         ("--kernel-size 4", "must be odd"), ("--patches 3", "3x3 patches"),
         ("--batch 3", "batch 3"), ("--image-size 40", "use 32 or 48"), ("--fpr 1", "--fpr 1.0"),
         ("--dataset mvtec --data-dir nowhere", "mvtec.com"),
-        ("--dataset folder --data-dir nowhere", "nowhere (--data-dir): no normal images"),
+        ("--dataset folder --data-dir nowhere", "no normal images"),
         (f"--device {'mps' if torch.cuda.is_available() else 'cuda'}", "finds none"),
         ("--model uniad --loss ssim", "l1 or l2"), ("--resume --overwrite", "give one of them"),
         ("--dataset folder --validate", "no anomalies"), ("--out /dev/null/x", "/dev/null"),
