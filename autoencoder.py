@@ -220,6 +220,16 @@ def image_scores(maps, how="sum"):
     return values.sum(1) if how == "sum" else values.mean(1)
 
 
+def left_out_scores(errors):
+    """Standardized scores of normal images (N, H, W), each by the statistics of the others."""
+    scores = []
+    for i in range(len(errors)):
+        others = torch.cat([errors[:i], errors[i + 1:]]) if len(errors) > 1 else errors
+        z = standardize(errors[i:i + 1], place_statistics(others))
+        scores.append(image_scores(z, "top"))
+    return torch.cat(scores)
+
+
 def threshold(scores, fpr=0.05):
     """The ceil((n + 1)(1 - fpr))-th smallest of n scores of normal images that were not trained on.
 
@@ -232,6 +242,15 @@ def threshold(scores, fpr=0.05):
     return float(scores[min(rank, len(scores)) - 1])
 
 
+def promise(images, fpr):
+    """What a threshold from so many normal images can promise, as text."""
+    needed = math.ceil(1 / fpr) - 1
+    if images >= needed:
+        return f"exceeded by about {fpr:.0%} of new normal images"
+    return (f"too few normal images: {images} set aside, so that {1 / (images + 1):.0%} of new ones "
+            f"may exceed it; {fpr:.0%} needs at least {needed}, of {3 * needed} in all")
+
+
 def auroc(scores, labels):
     """The chance that an anomaly (label 1) outranks a normal; None where one kind is missing."""
     from sklearn.metrics import roc_auc_score
@@ -242,11 +261,6 @@ def average_precision(scores, labels):
     """Mean precision at each anomaly, ranked by score; None where one kind is missing."""
     from sklearn.metrics import average_precision_score
     return float(average_precision_score(labels, scores)) if len(np.unique(labels)) == 2 else None
-
-
-def pixel_auroc(maps, masks):
-    """AUROC of single pixels, from maps and masks (N, H, W); None where none is defective."""
-    return auroc(np.asarray(maps).ravel(), np.asarray(masks).ravel())
 
 
 def aupro(maps, masks, limit=0.3):
@@ -306,20 +320,7 @@ def draw_columns(path, rows, titles, color_limit, footer, inches=1.5):
         figure.savefig(path, dpi=90)
 
 
-# ---- training conditions ----
-
-OPTIMIZERS = {                                              # (parameters, lr, weight decay) -> it
-    "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
-    "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr, weight_decay=wd),
-    "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, fused=True),
-    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, fused=True),
-}
-SCHEDULES = {                                               # progress in [0, 1) -> factor of lr
-    "constant": lambda t: 1.0,
-    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
-    "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
-}
-
+# ---- steps of a training ----
 
 def draw_batches(n, size, generator, smallest):
     """Indices of an epoch's batches; a last one below `smallest` joins the one before it."""

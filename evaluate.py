@@ -23,9 +23,10 @@ import torch
 from matplotlib import colormaps
 from scipy import stats
 
-from autoencoder import (PCA, ConvAutoencoder, NearestToken, anomaly_maps, aupro, auroc, average_precision,
-                         draw_columns, error_maps, gaussian_blur, heat_maps, image_scores,
-                         place_statistics, standardize, threshold)
+from autoencoder import (PCA, ConvAutoencoder, NearestToken, anomaly_maps, aupro, auroc,
+                         average_precision, draw_columns, error_maps, gaussian_blur, heat_maps,
+                         image_scores, left_out_scores, place_statistics, promise, standardize,
+                         threshold)
 from data import FOLDERS, list_images, load, read_image, resize, to_float, to_inputs
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
@@ -137,22 +138,25 @@ def calibrate(model, c, inputs, size):
     """What judging takes from normal images, a dict: `size` of the images; `statistics` of the
     errors by category, for --score standardized; `thresholds`, {category: (threshold or None,
     number of normal images it comes from)}; `color_limit`, the upper end of the heat maps' scale."""
-    names, known = sorted(set(inputs.train_classes)), dict(size=size, statistics={}, thresholds={})
+    known, scores, maps = dict(size=size, statistics={}, thresholds={}), {}, []
     trained = error_maps(model, inputs.train, inputs.prepare)
-    held, owners = error_maps(model, inputs.held, inputs.prepare), inputs.held_classes
-    if c["model"] == "nearest":                             # each is compared with the others alone
-        held, owners = torch.cat([trained, held]), [*inputs.train_classes, *owners]
-    for name in names:
-        mine = trained[of_category(inputs.train_classes, name)]
-        known["statistics"][name] = place_statistics(smooth(mine, c, size, 64))
-    scores = category_scores(held, names, c, known)
-    own = [scores[of_category(owners, name), k] for k, name in enumerate(names)]
-    for name, mine in zip(names, own):
+    held = error_maps(model, inputs.held, inputs.prepare)
+    for name in sorted(set(inputs.train_classes)):
+        seen = trained[of_category(inputs.train_classes, name)]
+        new = held[of_category(inputs.held_classes, name)]
+        if c["model"] == "nearest":                         # which compares each with the others
+            seen = new = torch.cat([seen, new])
+        known["statistics"][name] = place_statistics(smooth(seen, c, size, 64))
+        scores[name] = category_scores(new, [name], c, known)[:, 0]
+        if c["model"] == "nearest" and c["score"] == "standardized":
+            scores[name] = left_out_scores(new)
+        maps.append(heat_maps(smooth(new, c, size, 32), size))
+    for name, mine in scores.items():
         if c["score"] == "standardized" and len(mine) < 1 / c["fpr"] - 1:
-            mine = torch.cat(own)                           # of one unit, so that all may serve
+            mine = torch.cat(list(scores.values()))         # of one unit, so that all may serve
         known["thresholds"][name] = (threshold(mine, c["fpr"]) if len(mine) else None, len(mine))
-    maps = heat_maps(smooth(held, c, size, 32), size)
-    known["color_limit"] = 2 * float(np.quantile(maps, 0.999)) if len(held) else 1.0
+    maps = torch.cat(maps)
+    known["color_limit"] = 2 * float(np.quantile(maps, 0.999)) if len(maps) else 1.0
     return known
 
 
@@ -215,8 +219,9 @@ def describe(m, fpr):
     if m["image_auroc"] is None:
         lines.append("-: a metric needs both normal and anomalous test images")
     for name, row in rows:
-        lines.append(f"{promise(name, row['threshold'], row['threshold_images'], fpr)}; of the test "
-                     f"set {number(row['fpr'])} of the normal, {number(row['tpr'])} of the anomalous")
+        lines.append(f"threshold of {name} {number(row['threshold'])}, "
+                     f"{promise(row['threshold_images'], fpr)}; of the test set "
+                     f"{number(row['fpr'])} of the normal, {number(row['tpr'])} of the anomalous")
         if row["fpr"] is not None:
             alarms = round(row["fpr"] * row["normals"])
             if stats.binomtest(alarms, row["normals"], fpr, "greater").pvalue < 0.01:
@@ -226,16 +231,6 @@ def describe(m, fpr):
             lines.append(f"WARNING: image AUROC {row['image_auroc']:.2f} of {name} is no better than "
                          "chance, or hardly: do not use these verdicts; try another --model")
     return "\n".join(lines)
-
-
-def promise(name, limit, images, fpr):
-    """What a threshold from so many normal images can promise, as text."""
-    needed = math.ceil(1 / fpr) - 1
-    if images >= needed:
-        return f"threshold of {name} {number(limit)}: exceeded by about {fpr:.0%} of new normal images"
-    return (f"threshold of {name} {number(limit)}: too few normal images: {images} set aside, so that "
-            f"{1 / (images + 1):.0%} of new ones may exceed it; {fpr:.0%} needs at least {needed}, "
-            f"of {3 * needed} in all")
 
 
 def printable(name):
@@ -308,7 +303,8 @@ def judge_files(run, paths, device, category, pictures):
     names = [category] if category else [*known["thresholds"]]
     limits = [known["thresholds"][name][0] for name in names]
     for name, limit in zip(names, limits):
-        print(promise(name, limit, known["thresholds"][name][1], c["fpr"]))
+        said = promise(known["thresholds"][name][1], c["fpr"])
+        print(f"threshold of {name} {number(limit)}, {said}")
     rows, folder = open_report(Path(run), pictures)
     files = list_images(paths)
     for start in range(0, len(files), 32):

@@ -12,6 +12,8 @@ where it was judged on training images alone (results/README.md, "Which LAMP?").
 The sum in Eq. 1 is over the elements of one image, as the authors' poster writes it
 (y_{h,w,c}); a batch is averaged. Run this file to draw the paper's Fig. 2: python lamp_loss.py
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -122,6 +124,20 @@ class ReconstructionLoss(nn.Module):
         if self.amplify:
             error = lamp(error, self.eps, self.over, self.detach)
         return error.sum() / len(y)
+
+
+# Sec. 3.1 and 3.4, "Training conditions": the optimizers of Table 2; SGD has momentum .9.
+OPTIMIZERS = {                                              # (parameters, lr, weight decay) -> it
+    "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
+    "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr, weight_decay=wd),
+    "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, fused=True),
+    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, fused=True),
+}
+SCHEDULES = {                                               # progress in [0, 1) -> factor of lr
+    "constant": lambda t: 1.0,
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
+}
 
 
 class HeldLamp(nn.Module):

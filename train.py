@@ -26,10 +26,9 @@ import torchvision
 from torch import nn
 
 import evaluate as ev
-from autoencoder import (OPTIMIZERS, SCHEDULES, draw_batches, reestimate_batch_norm,
-                         take_step)
+from autoencoder import draw_batches, reestimate_batch_norm, take_step
 from data import DATASETS, FOLDERS, to_float
-from lamp_loss import BASE_LOSSES, ReconstructionLoss
+from lamp_loss import BASE_LOSSES, OPTIMIZERS, SCHEDULES, ReconstructionLoss
 from uniad import Backbone
 
 B4, YES_NO = "efficientnet_b4", argparse.BooleanOptionalAction
@@ -40,7 +39,7 @@ DEFAULTS = {                                                # all that depend on
     "image_size":   (32,       32,       224,      224,         224,        224,     224),
     "depth":        (4,        1,        1,        4,           4,          6,       5),
     "latent":       (8,        8,        400,      0,           0,          0,       0),
-    "steps":        (1400,     0,        0,        730,         730,        730,     730),
+    "steps":        (1400,     0,        0,        1500,        1500,       1500,    1500),
     "batch_size":   (32,       0,        0,        8,           8,          8,       8),
     "lr":           (3e-3,     0.0,      0.0,      4e-4,        4e-4,       4e-4,    4e-4),
     "optimizer":    ("adam",   "adam",   "adam",   "adamw",     "adamw",    "adamw", "adamw"),
@@ -53,9 +52,9 @@ DEFAULTS = {                                                # all that depend on
     "score":        ("sum",    "sum",    "mean",   "mean",      "mean",     "mean",  "mean"),
 }
 ON_FOLDERS = {model: dict(score="standardized") for model in MODELS}        # there, these instead
-ON_FOLDERS["ae"] |= dict(image_size=128, depth=6, latent=16, lr=1e-3)
-ON_FOLDERS["pca"] |= dict(image_size=128)
-MAY_CHANGE = ("epochs", "eval_every", "pictures", "out", "data_dir", "device", "threads", "resume",
+ON_FOLDERS["ae"] |= dict(image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3)
+ON_FOLDERS["pca"] |= dict(image_size=64)
+MAY_CHANGE = ("eval_every", "pictures", "out", "data_dir", "device", "threads", "resume",
               "overwrite")                                  # from a run to its --resume
 CURVES = ("image_auroc", "pixel_auroc", "normal_error", "anomaly_error", "from_identity")
 
@@ -240,16 +239,13 @@ def fill(given):
 def check(c):
     """Raise ValueError where options are out of range or exclude each other."""
     model, solved, grid = c["model"], c["model"] in ev.SOLVED, c["image_size"] // 16
-    positive = ["image_size", "depth", "patches"]
-    if not solved:
-        positive += ["epochs", "batch_size", "lr"]
+    positive = {"image_size", "depth", "patches", "fpr"}
+    positive |= set() if solved else {"epochs", "batch_size", "lr"}
     for key, value in c.items():
-        if isinstance(value, (int, float)) and not (0 <= value < 2 ** 63 and (
-                value or key not in positive)):             # NaN fails this, too
+        numeric, top = isinstance(value, (int, float)), 1 if key == "fpr" else 2 ** 63
+        if numeric and not (0 <= value < top and (value or key not in positive)):   # NaN: no, too
             raise ValueError(f"--{key.replace('_', '-')} {value}: expected a number above 0"
-                             f"{'' if key in positive else ', or 0'}")
-    if not 0 < c["fpr"] < 1:
-        raise ValueError(f"--fpr {c['fpr']}: expected a share between 0 and 1")
+                             f"{' and below 1' if key == 'fpr' else ''}")
     if c["resume"] and c["overwrite"]:
         raise ValueError("--resume goes on with the run, --overwrite replaces it: give one of them")
     if solved and (c["lamp"] or c["epochs"] or c["batch_size"]):
@@ -283,24 +279,23 @@ def open_folder(c):
     out = Path(c["out"])
     if c["overwrite"] or not (out / "model.pt").exists():
         out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / "judged", ignore_errors=True)   # of the run that was here
         for name in ("run.json", "examples.png", "judged.csv"):
-            (out / name).unlink(missing_ok=True)            # of the run that was here
-        shutil.rmtree(out / "judged", ignore_errors=True)
+            (out / name).unlink(missing_ok=True)
         return None
     state, _ = ev.load_run(out)
     old = state["config"]
     if not c["resume"]:
         raise ValueError(f"{out} already holds a run of {len(state['history'])} of {old['epochs']} "
                          "epochs: --resume goes on, --overwrite replaces it, or name another --out")
-    changed = [f"--{key.replace('_', '-')} {old.get(key)} (now {c[key]})" for key in c
-               if key not in MAY_CHANGE and c[key] != old.get(key)]
-    if changed:
-        raise ValueError(f"--resume changes nothing but --epochs; the run has {', '.join(changed)}")
     c["epochs"] = c["epochs"] or old["epochs"]
-    if c["epochs"] != old["epochs"] and c["schedule"] != "constant":
-        print(f"the run was planned for {old['epochs']} epochs: its learning rate followed the "
-              f"{c['schedule']} schedule of these, and now jumps to that of {c['epochs']}; a run of "
-              f"{c['epochs']} from the start would differ")
+    if c["schedule"] == "constant":                         # others are planned for their epochs
+        old["epochs"] = c["epochs"]
+    changed = [f"--{key.replace('_', '-')} {old.get(key)} (now {c[key]})" for key in c
+               if key not in (*MAY_CHANGE, "latent") and c[key] != old.get(key)]
+    if changed:
+        raise ValueError("--resume goes on as it began (--epochs may change with --schedule "
+                         f"constant alone); the run has {', '.join(changed)}")
     return state
 
 
