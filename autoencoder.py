@@ -247,8 +247,8 @@ def promise(images, fpr):
     needed = math.ceil(1 / fpr) - 1
     if images >= needed:
         return f"exceeded by about {fpr:.0%} of new normal images"
-    return (f"too few normal images: {images} set aside, so that {1 / (images + 1):.0%} of new ones "
-            f"may exceed it; {fpr:.0%} needs at least {needed}, of {3 * needed} in all")
+    return (f"too few normal images: {images} set aside, so that {1 / (images + 1):.0%} of new "
+            f"ones may exceed it; {fpr:.0%} needs at least {needed}, of {3 * needed} in all")
 
 
 def auroc(scores, labels):
@@ -320,31 +320,13 @@ def draw_columns(path, rows, titles, color_limit, footer, inches=1.5):
         figure.savefig(path, dpi=90)
 
 
-# ---- steps of a training ----
-
-def draw_batches(n, size, generator, smallest):
-    """Indices of an epoch's batches; a last one below `smallest` joins the one before it."""
-    batches = list(torch.randperm(n, generator=generator).split(size))
-    if len(batches) > 1 and len(batches[-1]) < smallest:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    if len(batches[0]) < smallest:
-        raise ValueError(f"a batch of {len(batches[0])} is too small for batch norm or for "
-                         f"the processes: use --batch-size {smallest} or more, and as many images")
-    return batches
-
-
-def take_step(model, optim, loss, rate, clip, where):
-    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
-                                 f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
-    for group in optim.param_groups:
-        group["lr"] = rate
-    optim.zero_grad()
-    loss.backward()
-    if clip:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optim.step()
+def draw_laid_over(path, image, heat, titles):
+    """An image (C, H, W) in [0, 1], and beside it its heat map (H, W), red at 1, laid over it."""
+    from matplotlib import colormaps
+    colors = colormaps["inferno"](heat.clamp(0, 1).numpy())[..., :3]        # (H, W, 3)
+    image = image.expand(3, -1, -1)
+    both = 0.5 * image + 0.5 * torch.from_numpy(colors).float().movedim(-1, 0)
+    draw_columns(path, {"": torch.stack([image, both])}, titles, 1, "", inches=4)
 
 
 @torch.no_grad()

@@ -3,15 +3,13 @@
     python evaluate.py RUN...                           # numbers and pictures of saved runs
     python evaluate.py RUN --image FILE-OR-FOLDER...    # a verdict and a heat map for each image
 
-Every model here reconstructs its input, so one score judges them all, whatever the training loss:
-the L2 error between input and reconstruction (LAMP paper, Sec. 3.1, "Evaluation metric"), or how
-far it lies above the normals' own error at that place (--score standardized). AUROC is never
+Every model here reconstructs its input, so one score judges them all: the L2 error between input
+and reconstruction, or how far it lies above the normals' own error at that place. AUROC is never
 flipped below .5 (the authors' UniAD code reports .222 as .778), the last epoch is reported, not the
 best on the test set, and the threshold comes from normal images alone.
 """
 import argparse
 import csv
-import math
 import os
 import shutil
 import sys
@@ -20,23 +18,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from scipy import stats
 
 from autoencoder import (PCA, ConvAutoencoder, NearestToken, anomaly_maps, aupro, auroc,
-                         average_precision, draw_columns, error_maps, gaussian_blur, heat_maps,
-                         image_scores, left_out_scores, place_statistics, promise, standardize,
-                         threshold)
+                         average_precision, draw_columns, draw_laid_over, error_maps, gaussian_blur,
+                         heat_maps, image_scores, left_out_scores, place_statistics, promise,
+                         standardize, threshold)
 from data import FOLDERS, list_images, load, read_image, resize, to_float, to_inputs
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
 VERSION = 3                                                 # of model.pt; raise it with a change
-SOLVED = ("pca", "nearest")                                 # not trained by a loss
+SOLVED = {"pca": PCA, "nearest": NearestToken}              # not trained by a loss
 SCORES = ("sum", "mean", "max", "standardized")
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
 FEATURE_CACHE = "runs/features"
-Judged = namedtuple("Judged", "maps scores thresholds color_limit")     # of M test images:
-# maps (M, H, W), scores (M,), thresholds (M, each None or that of its category)
+Judged = namedtuple("Judged", "maps scores thresholds color_limit")     # (M, H, W), (M,), M
 
 
 # ---- a run on disk; models are built here, so that it is read without what trains them ----
@@ -48,14 +44,10 @@ def build_model(c, shape):
     if name == "ae":
         return ConvAutoencoder(channels, depth, latent=c["latent"], kernel_size=c["kernel_size"],
                                patches=c["patches"])
-    if name == "pca":
-        return PCA(channels, side, c["latent"])
-    if name == "nearest":
-        return NearestToken(channels, side, c["latent"])
-    if name == "mlp":
-        return FeatureMLP(channels, layers=depth)
-    if name == "cnn":
-        return FeatureCNN(channels, layers=depth)
+    if name in SOLVED:
+        return SOLVED[name](channels, side, c["latent"])
+    if name in ("mlp", "cnn"):
+        return {"mlp": FeatureMLP, "cnn": FeatureCNN}[name](channels, layers=depth)
     return UniAD(channels, side, layers=depth, neighbors=c["neighbors"], jitter=c["jitter"],
                  query=c["query"])                          # the transformer, too
 
@@ -75,10 +67,11 @@ def open_data(c, device="cpu", state=None):
     images set aside then hold."""
     native = sees_features(c) and c["dataset"] not in FOLDERS               # Backbone scales them
     size = None if native else c["image_size"]
-    white, statistics, keys = (state[k] for k in ("white", "backbone", "keys")) if state else 3 * [None]
-    data = load(c["dataset"], c["normal"], c["data_dir"], size, c["validate"], white)
+    known = state or dict(white=None, backbone=None, keys=None)
+    data = load(c["dataset"], c["normal"], c["data_dir"], size, c["validate"], known["white"])
     backbone = open_backbone(c, device)
-    inputs = to_inputs(data, c["seed"], backbone, FEATURE_CACHE, statistics, keys, c["fpr"])
+    inputs = to_inputs(data, c["seed"], backbone, FEATURE_CACHE, known["backbone"], known["keys"],
+                       c["fpr"])
     if c["dataset"] not in FOLDERS:                         # its normal classes are one category
         task = data.categories[0]
         inputs = inputs._replace(train_classes=[task] * len(inputs.train),
@@ -87,19 +80,16 @@ def open_data(c, device="cpu", state=None):
 
 
 def load_run(path, device="cpu"):
-    """A run's folder -> (state, model); nothing in its model.pt is executed.
-
-    state: the dict in model.pt (config, shape, history, known, ...). Raises FileNotFoundError, and
-    ValueError where the file is damaged, of another version, or holds another model's tensors.
-    """
+    """A run's folder -> (state, the dict in its model.pt; model); nothing in it is executed. Raises
+    FileNotFoundError, and ValueError: damaged, of another version, another model's tensors."""
     path = Path(path) / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run is a folder that train.py wrote")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                              # of many kinds, all about this file
-        raise ValueError(f"{path}: damaged, or holds more than tensors and plain values; not "
-                         f"loaded ({str(error)[:80]!r})") from None
+        raise ValueError(f"{path}: damaged, or more than tensors and plain values; not loaded "
+                         f"({str(error)[:80]!r})") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ValueError(f"{path}: not a run of this version ({VERSION}); train it again")
     model = build_model(state["config"], state["shape"])
@@ -136,8 +126,8 @@ def category_scores(errors, names, c, known):
 
 def calibrate(model, c, inputs, size):
     """What judging takes from normal images, a dict: `size` of the images; `statistics` of the
-    errors by category, for --score standardized; `thresholds`, {category: (threshold or None,
-    number of normal images it comes from)}; `color_limit`, the upper end of the heat maps' scale."""
+    errors by category; `thresholds`, {category: (threshold or None, number of normal images it
+    comes from)}; `color_limit`, the upper end of the heat maps' color scale."""
     known, scores, maps = dict(size=size, statistics={}, thresholds={}), {}, []
     trained = error_maps(model, inputs.train, inputs.prepare)
     held = error_maps(model, inputs.held, inputs.prepare)
@@ -192,7 +182,8 @@ def measure(judged, data, thresholds):
         if data.masks is not None:                          # an anomaly without mask is left out
             known = data.masks[mine].flatten(1).any(1) | (labels == 0)
             maps, masks = judged.maps[mine][known].numpy(), data.masks[mine][known].numpy()
-            m |= dict(pixel_auroc=auroc(maps.ravel(), masks.ravel()), pixel_aupro=aupro(maps, masks))
+            m["pixel_auroc"] = auroc(maps.ravel(), masks.ravel())
+            m["pixel_aupro"] = aupro(maps, masks)
         for rate, label in (("fpr", 0), ("tpr", 1)):
             m[rate] = None if limit is None else mean_of(scores[labels == label] > limit)
         m["normals"] = int((labels == 0).sum())
@@ -212,24 +203,23 @@ def mean_of(values):
 def describe(m, fpr):
     """Metrics as lines to print: of each category and their mean, what the thresholds do, and what
     to know before trusting them."""
-    rows = [*m["categories"].items()]
-    lines = [" " * 20 + "".join(f"{key.replace('_', ' '):>13}" for key in METRICS)]
+    rows, lines = [*m["categories"].items()], [" " * 20 + "".join(f"{key:>13}" for key in METRICS)]
     for name, row in [*rows, ("mean", m)] if len(rows) > 1 else rows:
-        lines.append(f"{printable(name)[:19]:<20}" + "".join(f"{number(row[key]):>13}" for key in METRICS))
+        numbers = [f"{number(row[key]):>13}" for key in METRICS]
+        lines.append(f"{printable(name)[:19]:<20}" + "".join(numbers))
     if m["image_auroc"] is None:
         lines.append("-: a metric needs both normal and anomalous test images")
     for name, row in rows:
         lines.append(f"threshold of {name} {number(row['threshold'])}, "
                      f"{promise(row['threshold_images'], fpr)}; of the test set "
                      f"{number(row['fpr'])} of the normal, {number(row['tpr'])} of the anomalous")
-        if row["fpr"] is not None:
-            alarms = round(row["fpr"] * row["normals"])
-            if stats.binomtest(alarms, row["normals"], fpr, "greater").pvalue < 0.01:
-                lines.append(f"WARNING: {row['fpr']:.0%} of {name}'s normal test images exceed it: they "
-                             "differ from those trained on; add images like them to train/good")
-        if row["image_auroc"] is not None and row["image_auroc"] < 0.6:
-            lines.append(f"WARNING: image AUROC {row['image_auroc']:.2f} of {name} is no better than "
-                         "chance, or hardly: do not use these verdicts; try another --model")
+        above, normals = round((row["fpr"] or 0) * row["normals"]), row["normals"]
+        if normals and stats.binomtest(above, normals, fpr, "greater").pvalue < 0.01:
+            lines.append(f"WARNING: {above} of {normals} normal test images of {name} exceed it: "
+                         "they differ from those trained on; add images like them to train/good")
+        if (row["image_auroc"] or 1) < 0.6:
+            lines.append(f"WARNING: image AUROC {row['image_auroc']:.2f} of {name}, hardly better "
+                         "than chance or worse: do not use these verdicts; try another --model")
     return "\n".join(lines)
 
 
@@ -260,7 +250,7 @@ def reconstruct(model, inputs, stored):
 
 
 def draw_examples(path, runs, data, footer):
-    """The paper's Fig. 4: four normals, then four anomalies, from the smallest score to the largest.
+    """The paper's Fig. 4: four normals and four anomalies, from the smallest score to the largest.
 
     runs: {name: (model, inputs, judged)}; the first decides the order, titles and color scale.
     """
@@ -286,14 +276,11 @@ def draw_examples(path, runs, data, footer):
 # ---- new images ----
 
 def judge_files(run, paths, device, category, pictures):
-    """A verdict for each image among files and folders -> exit status: 0, 1 where one is anomalous,
-    2 where one could not be read. Without `category` an image is of the one that it fits best.
-
-    Writes RUN/judged.csv, a row an image, and RUN/judged/, a picture an image; where these cannot
-    be written, says so and prints the verdicts all the same.
-    """
+    """A verdict, a row of RUN/judged.csv and a picture in RUN/judged for each image among files and
+    folders -> exit status: 0, 1 where one is anomalous, 2 where one could not be read. Without
+    `category` an image is of the one that it fits best."""
     state, model = load_run(run, device)
-    c, known, prepare, statuses = state["config"], state["known"], to_float, {0}
+    c, known, prepare, status = state["config"], state["known"], to_float, 0
     if sees_features(c):
         backbone = open_backbone(c, device)
         backbone.load_state_dict(state["backbone"], strict=False)
@@ -301,61 +288,61 @@ def judge_files(run, paths, device, category, pictures):
     if category not in (None, *known["thresholds"]):
         raise ValueError(f"--category {category}: {run} knows {', '.join(known['thresholds'])}")
     names = [category] if category else [*known["thresholds"]]
-    limits = [known["thresholds"][name][0] for name in names]
-    for name, limit in zip(names, limits):
-        said = promise(known["thresholds"][name][1], c["fpr"])
-        print(f"threshold of {name} {number(limit)}, {said}")
+    for name in names:
+        limit, images = known["thresholds"][name]
+        print(f"threshold of {name} {number(limit)}, {promise(images, c['fpr'])}")
     rows, folder = open_report(Path(run), pictures)
     files = list_images(paths)
     for start in range(0, len(files), 32):
         part = files[start:start + 32]
         readable, images = read_batch(part, state)
-        statuses.add(2 if len(readable) < len(part) else 0)
+        status = 2 if len(readable) < len(part) else status
         errors = error_maps(model, images, prepare)
         maps = heat_maps(smooth(errors, c, known["size"], 32), known["size"])
-        scores = category_scores(errors, names, c, known)
-        for file, image, error, own in zip(readable, images, maps, scores.tolist()):
-            excess = [score / limit if limit else 0.0 for score, limit in zip(own, limits)]
-            k = excess.index(min(excess))                   # the category that it exceeds least
-            word, (y, x) = verdict(own[k], limits[k]), divmod(int(error.argmax()), known["size"])
-            of = f", {names[k]}" if len(names) > 1 else ""
-            print(f"{printable(file)}: {word}, score {own[k]:.5g}, threshold {number(limits[k])}{of}")
-            rows.writerow([file, own[k], limits[k], word, names[k], x / known["size"], y / known["size"]])
-            statuses.add(int(word == "anomalous"))
+        scores = category_scores(errors, names, c, known).tolist()
+        for file, image, error, own in zip(readable, images, maps, scores):
+            name, score, limit = best_fit(own, names, known["thresholds"])
+            word, of = verdict(score, limit), f", {name}" if len(names) > 1 else ""
+            print(f"{printable(file)}: {word}, score {score:.5g}, threshold {number(limit)}{of}")
+            y, x = divmod(int(error.argmax()), known["size"])
+            rows.writerow([file, score, limit, word, name, x / known["size"], y / known["size"]])
+            status = max(status, int(word == "anomalous"))
             if folder:
-                draw_verdict(folder, file, image, error / known["color_limit"], f"{word}, {own[k]:.4g}")
-    return max(statuses)
+                path = folder / f"{len(list(folder.iterdir())) + 1:05}-{file.name}.png"
+                draw_laid_over(path, to_float(image), error / known["color_limit"],
+                               [printable(file.name), f"{word}, {score:.4g}"])
+    return status
+
+
+def best_fit(scores, names, thresholds):
+    """-> name, score and threshold of the category whose threshold an image exceeds least."""
+    found = []
+    for name, score in zip(names, scores):
+        limit = thresholds[name][0]
+        found.append((score / limit if limit else 0.0, name, score, limit))
+    return min(found)[1:]
 
 
 def read_batch(files, state):
     """-> those of the files that are images, and these as the run's model was fed them."""
     channels, side, _ = state["image"]
     padded = state["config"]["dataset"] in ("mnist", "fashion_mnist") and side == 32    # as trained
-    readable, images = [], [torch.empty(0, 3, side, side, dtype=torch.uint8)]
+    readable, images = [], torch.empty(len(files), 3, side, side, dtype=torch.uint8)
     for file in files:
         try:
             image = read_image(file, 28 if padded else side, state["white"])
-            images.append(resize(image[None], side))
+            images[len(readable)] = resize(image[None], side)[0]
             readable.append(file)
         except ValueError as error:
             print(error, file=sys.stderr)
-    images = torch.cat(images)
-    return readable, images.float().mean(1, keepdim=True).round().byte() if channels == 1 else images
-
-
-def draw_verdict(folder, file, image, heat, text):
-    """FOLDER/NAME.png: the image, and its heat map, 1 at the color limit, laid over it."""
-    colors = colormaps["inferno"](heat.clamp(0, 1).numpy())[..., :3]        # (H, W, 3)
-    image = to_float(image).expand(3, -1, -1)
-    laid_over = 0.5 * image + 0.5 * torch.from_numpy(colors).float().movedim(-1, 0)
-    same_name = len(list(folder.glob(f"{file.name}*.png")))
-    path = folder / f"{file.name}{f'-{same_name + 1}' if same_name else ''}.png"
-    columns = {"": torch.stack([image, laid_over])}
-    draw_columns(path, columns, [printable(file.name), text], 1, "", inches=4)
+    images = images[:len(readable)]
+    gray = images.float().mean(1, keepdim=True).round().byte()
+    return readable, gray if channels == 1 else images
 
 
 def open_report(run, pictures):
-    """-> a CSV writer of RUN/judged.csv, and the folder of the pictures, None where there are none."""
+    """-> a CSV writer, and the folder of the pictures or None; of a run that cannot be written to,
+    this is said, and the verdicts are printed all the same."""
     folder = run / "judged"
     try:
         shutil.rmtree(folder, ignore_errors=True)           # of an earlier call
@@ -393,18 +380,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.category and not args.image:
         parser.error("--category says what new images show: give them by --image")
-    statuses = [0]
+    status = 0
     try:
         for run in args.runs:
             if args.image:
-                statuses.append(judge_files(run, args.image, args.device, args.category, args.pictures))
+                judged = judge_files(run, args.image, args.device, args.category, args.pictures)
+                status = max(status, judged)
             else:
                 evaluate_run(run, args.data_dir, args.device)
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")
-    raise SystemExit(max(statuses))
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ The sum in Eq. 1 is over the elements of one image, as the authors' poster write
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -126,20 +127,6 @@ class ReconstructionLoss(nn.Module):
         return error.sum() / len(y)
 
 
-# Sec. 3.1 and 3.4, "Training conditions": the optimizers of Table 2; SGD has momentum .9.
-OPTIMIZERS = {                                              # (parameters, lr, weight decay) -> it
-    "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
-    "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr, weight_decay=wd),
-    "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, fused=True),
-    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, fused=True),
-}
-SCHEDULES = {                                               # progress in [0, 1) -> factor of lr
-    "constant": lambda t: 1.0,
-    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
-    "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
-}
-
-
 class HeldLamp(nn.Module):
     """LAMP as a function of the weights, to draw (landscape.py): Eq. 2's maximum does not move.
 
@@ -162,6 +149,81 @@ class HeldLamp(nn.Module):
     def forward(self, y_hat, y):
         scaled = self.base_loss(y_hat, y) / self.maximum * (1 - self.eps)
         return -torch.log1p(-scaled).sum() / len(y)
+
+
+# ---- training conditions (Sec. 3.1): optimizers, and what a step needs ----
+
+OPTIMIZERS = {                                              # (parameters, lr, weight decay) -> it
+    "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
+    "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr, weight_decay=wd),
+    "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, fused=True),
+    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, fused=True),
+}
+SCHEDULES = {                                               # progress in [0, 1) -> factor of lr
+    "constant": lambda t: 1.0,
+    "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+    "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
+}
+
+
+def draw_batches(n, size, generator, smallest):
+    """Indices of an epoch's batches; a last one below `smallest` joins the one before it."""
+    batches = list(torch.randperm(n, generator=generator).split(size))
+    if len(batches) > 1 and len(batches[-1]) < smallest:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    if len(batches[0]) < smallest:
+        raise ValueError(f"a batch of {len(batches[0])} is too small for batch norm or for "
+                         f"the processes: use --batch-size {smallest} or more, and as many images")
+    return batches
+
+
+def take_step(model, optim, loss, rate, clip, where):
+    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
+                                 f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
+    for group in optim.param_groups:
+        group["lr"] = rate
+    optim.zero_grad()
+    loss.backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optim.step()
+
+
+def snapshot(optim, order, history):
+    """What `restore` needs, a dict of tensors and plain values."""
+    return {"optimizer": optim.state_dict(), "order": order.get_state(),
+            "rng": torch.get_rng_state(), "history": history}
+
+
+def restore(state, optim, order):
+    """Optimizer and generators as they were when `state` was saved -> its history."""
+    optim.load_state_dict(state["optimizer"])
+    order.set_state(state["order"])
+    torch.set_rng_state(state["rng"])                       # dropout and jitter draw from this one
+    return list(state["history"])
+
+
+def processes():
+    """(this process's rank, their count): (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_of(index):
+    """A process's part of a batch, and the factor that makes the mean of all processes' gradients
+    that of the whole batch."""
+    rank, count = processes()
+    mine = index[rank::count]
+    return mine, len(mine) * count / len(index)
+
+
+def record_epoch(epoch, means, seconds):
+    """An epoch's entry in the history. means: this process's part of mean loss and base error."""
+    if dist.is_initialized():
+        dist.all_reduce(means)
+    return {"epoch": epoch, "loss": float(means[0]), "base_error": float(means[1]),
+            "seconds": round(seconds, 3)}
 
 
 def figure_2(path, eps=0.1):

@@ -4,8 +4,8 @@
     python train.py --dataset mnist --normal 3 --loss l2 --lamp
 
 The LAMP paper in one line: train on one class with an amplified loss, judge by the L2 error. `fit`
-is the whole of training. It steps on Eq. 1's sum divided by C H W, a constant, so that one learning
-rate and one clip hold at every image size. On one CPU a command repeats to the last bit.
+steps on Eq. 1's sum divided by C H W, a constant, so that one learning rate and one clip hold at
+every image size. On one CPU a command repeats to the last bit.
 """
 import argparse
 import functools
@@ -26,9 +26,10 @@ import torchvision
 from torch import nn
 
 import evaluate as ev
-from autoencoder import draw_batches, reestimate_batch_norm, take_step
+from autoencoder import reestimate_batch_norm
 from data import DATASETS, FOLDERS, to_float
-from lamp_loss import BASE_LOSSES, OPTIMIZERS, SCHEDULES, ReconstructionLoss
+from lamp_loss import (BASE_LOSSES, OPTIMIZERS, SCHEDULES, ReconstructionLoss, draw_batches,
+                       processes, record_epoch, restore, share_of, snapshot, take_step)
 from uniad import Backbone
 
 B4, YES_NO = "efficientnet_b4", argparse.BooleanOptionalAction
@@ -54,8 +55,7 @@ DEFAULTS = {                                                # all that depend on
 ON_FOLDERS = {model: dict(score="standardized") for model in MODELS}        # there, these instead
 ON_FOLDERS["ae"] |= dict(image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3)
 ON_FOLDERS["pca"] |= dict(image_size=64)
-MAY_CHANGE = ("eval_every", "pictures", "out", "data_dir", "device", "threads", "resume",
-              "overwrite")                                  # from a run to its --resume
+MAY_CHANGE = "eval_every", "pictures", "out", "data_dir", "device", "threads", "resume", "overwrite"
 CURVES = ("image_auroc", "pixel_auroc", "normal_error", "anomaly_error", "from_identity")
 
 
@@ -68,9 +68,8 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
 
     criterion(x_hat, x) -> scalar, a sum over C, H, W; prepare: stored inputs -> the model's;
     smallest: images a batch needs. Each epoch ends with evaluate(epoch) -> metrics for the history,
-    and save(state); resume: such a state. -> history, a dict an epoch.
-    Raises FloatingPointError (loss not finite), ValueError (a batch below `smallest`).
-    """
+    and save(state); resume: such a state. -> history, a dict an epoch. Raises FloatingPointError
+    (loss not finite), ValueError (a batch below `smallest`)."""
     device, (rank, count) = next(model.parameters()).device, processes()
     order = torch.Generator().manual_seed(seed)
     model.to(memory_format=torch.channels_last)             # twice as fast to convolve on a CPU
@@ -83,30 +82,22 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         batches = draw_batches(len(inputs), batch_size, order, smallest * count)
         model.train()
         for step, index in enumerate(batches):
-            mine = index[rank::count]                       # all of it, where there is one process
+            mine, weight = share_of(index)                  # all and 1, where one process trains
             x = prepare(inputs[mine].to(device)).contiguous(memory_format=torch.channels_last)
             target = x if targets is None else targets[mine].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x_hat = network(x)
-            total = criterion(x_hat.float(), target)
-            loss = total / target[0].numel()
-
-            progress = (epoch - 1 + step / len(batches)) / epochs
-            rate = lr * SCHEDULES[schedule](progress)
-            weight = len(mine) * count / len(index)         # the processes' gradients are averaged
-            take_step(model, optim, loss * weight, rate, clip, f"epoch {epoch}, step {step + 1}")
-
-            base = float(getattr(criterion, "base_error", total)) / target[0].numel()
-            means += torch.tensor([loss.item(), base]) * (len(mine) / len(inputs))
-        if count > 1:
-            dist.all_reduce(means)                          # each has added its own images' part
-        history.append({"epoch": epoch, "loss": float(means[0]), "base_error": float(means[1]),
-                        "seconds": round(time.perf_counter() - start, 3)})
+            loss = criterion(x_hat.float(), target)
+            rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
+            take_step(model, optim, loss / target[0].numel() * weight, rate, clip,
+                      f"epoch {epoch}, step {step + 1}")
+            both = torch.stack([loss.detach(), getattr(criterion, "base_error", loss.detach())])
+            means += both.cpu() / target[0].numel() * (len(mine) / len(inputs))
+        history.append(record_epoch(epoch, means, time.perf_counter() - start))
         if rank == 0:
             history[-1].update(evaluate(epoch))
             print_epoch(history, epochs)
-            save({"optimizer": optim.state_dict(), "order": order.get_state(),
-                  "rng": torch.get_rng_state(), "history": history})
+            save(snapshot(optim, order, history))
     return history
 
 
@@ -123,13 +114,6 @@ def print_epoch(history, epochs):
               end="\n" if stays else "\r", flush=True)
 
 
-# ---- several processes, resuming ----
-
-def processes():
-    """(this process's rank, their count): (0, 1) but under torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def start_process(c):
     """Threads and device; under torchrun, join the others, of which only rank 0 prints."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -142,14 +126,6 @@ def start_process(c):
         sys.stdout = open(os.devnull, "w")
     local = f"{c['device']}:{os.environ['LOCAL_RANK']}"
     return torch.device(local if c["device"] == "cuda" else c["device"])
-
-
-def restore(state, optim, order):
-    """Optimizer and generators as they were when `state` was saved -> its history."""
-    optim.load_state_dict(state["optimizer"])
-    order.set_state(state["order"])
-    torch.set_rng_state(state["rng"])                       # dropout and jitter draw from this one
-    return list(state["history"])
 
 
 # ---- the command line ----
@@ -176,7 +152,7 @@ def first_options(add):
     add("--loss", choices=BASE_LOSSES, default="l2", help="base reconstruction loss (default: l2)")
     add("--lamp", action="store_true", default=False, help="amplify it: Eq. 1 and 2 of the paper")
     add("--backbone", choices=("none", *Backbone.NAMES), help="frozen CNN; none: sees the image")
-    add("--epochs", type=int, help="passes over the training images (default: from DEFAULTS' steps)")
+    add("--epochs", type=int, help="passes over the images (default: from DEFAULTS' steps)")
     add("--fpr", type=float, default=0.05, help="false alarms the threshold allows (default: .05)")
     add("--seed", type=int, default=0, help="weights, order, images set aside (default: 0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the first")
@@ -262,7 +238,7 @@ def check(c):
 
 
 def settle(c, images):
-    """Fill in what depends on the number of images: `epochs`, from the model's `steps`, and so on."""
+    """Fill in what the number of images decides: `epochs`, from the model's `steps`, and so on."""
     if c["epochs"] is None:
         a_pass = math.ceil(images / max(1, c["batch_size"]))
         c["epochs"] = math.ceil(c["steps"] / a_pass)
@@ -356,7 +332,9 @@ def finish(c, model, data, inputs, save, command, started):
     (out / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     if c["pictures"]:
         ev.draw_examples(out / "examples.png", {"": (model, inputs, judged)}, data, command)
-    print_result(record, out)
+    print(ev.describe(metrics, c["fpr"]))
+    print(f"{len(history)} epochs, {record['seconds']:.0f} s, all in {out}; judge other images by "
+          f"python evaluate.py {shlex.quote(str(out))} --image FILE-OR-FOLDER")
 
 
 def run(c, command, criterion=None):
@@ -367,9 +345,6 @@ def run(c, command, criterion=None):
     started, out = time.perf_counter(), Path(c["out"])
     device, rank = start_process(c), processes()[0]
     state = open_folder(c)
-    if state and len(state["history"]) >= c["epochs"] and (out / "run.json").exists():
-        print_result(json.loads((out / "run.json").read_text()), out)
-        return 0
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before one writes
     data, inputs, backbone = ev.open_data(c, device, state)
@@ -384,9 +359,9 @@ def run(c, command, criterion=None):
         model.load_state_dict(state["model"])
     elif c["model"] in ev.SOLVED:
         model.solve(inputs.prepare(normals))
-    fixed = {"version": ev.VERSION, "config": c, "shape": shape, "image": list(data.train.shape[1:]),
-             "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()},
-             "keys": (inputs.train_keys, inputs.held_keys), "white": data.white}
+    fixed = {"version": ev.VERSION, "config": c, "shape": shape, "white": data.white,
+             "image": list(data.train.shape[1:]), "keys": (inputs.train_keys, inputs.held_keys),
+             "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}
     save = functools.partial(write_checkpoint, out / "model.pt", fixed, model)
     if rank == 0 and not state:
         save({"history": []})                               # where this fails, it fails now
@@ -400,21 +375,13 @@ def run(c, command, criterion=None):
 
 def print_start(c, data, inputs):
     """What is trained on what; then the options, those that differ from the defaults first."""
-    anomalous = int(data.labels.sum())
-    print(f"{c['model']}, {c['dataset']} {c['normal']}: {len(inputs.train)} normal images to train "
-          f"on, {len(inputs.held)} for the threshold; to test {len(data.labels) - anomalous} normal, "
-          f"{anomalous} anomalous; {c['epochs']} epochs")
+    bad = int(data.labels.sum())
+    print(f"{c['model']}, {c['dataset']} {c['normal']}: {len(inputs.train)} normal to train on, "
+          f"{len(inputs.held)} set aside; to test {len(data.labels) - bad} normal, {bad} anomalous")
     usual = parse(["--model", c["model"], "--dataset", c["dataset"]])[1]
     settle(usual, len(inputs.train))
-    chosen = [f"{key}={c[key]}" for key in c if c[key] != usual[key]]
-    others = [f"{key}={c[key]}" for key in c if c[key] == usual[key]]
-    print("chosen:", *chosen, "\ndefault:", *others)
-
-
-def print_result(record, out):
-    files = sorted(str(path) for path in out.glob("*.*"))
-    print(ev.describe(record["metrics"], record["config"]["fpr"]))
-    print(f"{len(record['history'])} epochs, {record['seconds']:.0f} s; files: {', '.join(files)}")
+    print("chosen:", *(f"{key}={c[key]}" for key in c if c[key] != usual[key]))
+    print("default:", *(f"{key}={c[key]}" for key in c if c[key] == usual[key]))
 
 
 def main(argv=None):
