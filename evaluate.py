@@ -378,6 +378,7 @@ def main(argv=None):
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     add("--device", default="cpu", help="default: cpu")
     args = parser.parse_args(argv)
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")     # names in any script
     if args.category and not args.image:
         parser.error("--category says what new images show: give them by --image")
     status = 0

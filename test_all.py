@@ -570,7 +570,7 @@ def test_a_user_is_told_what_a_threshold_can_promise_and_what_speaks_against_it(
                fpr=0.5, tpr=0.5, normals=10)
     said = ev.describe({**row, "categories": {"nut": row}}, 0.05)
     assert "too few normal images: 6" in said and "14%" in said and "at least 19" in said
-    assert "WARNING: 50%" in said and "WARNING: image AUROC 0.55" in said
+    assert "WARNING: 5 of 10" in said and "WARNING: image AUROC 0.55" in said
     fine = dict(row, image_auroc=0.9, threshold_images=19, fpr=0.1)         # 1 of 10: may be chance
     said = ev.describe({**fine, "categories": {"nut": fine}}, 0.05)
     assert "about 5% of new" in said and "WARNING" not in said

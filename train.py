@@ -316,8 +316,7 @@ def train_model(c, model, inputs, criterion, state, save, evaluate):
 
 def finish(c, model, data, inputs, save, command, started):
     """Judge the last full epoch; write model.pt with the thresholds, run.json and the pictures."""
-    out = Path(c["out"])
-    state, last_full_epoch = ev.load_run(out)
+    out, (state, last_full_epoch) = Path(c["out"]), ev.load_run(c["out"])
     model.load_state_dict(last_full_epoch.state_dict())
     metrics, judged, known = assess(c, model, data, inputs)
     history = state["history"]
@@ -387,6 +386,7 @@ def print_start(c, data, inputs):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, config = parse(argv)
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")     # names in any script
     try:
         status = run(config, shlex.join(["python", "train.py", *argv]))
     except (ValueError, OSError, FloatingPointError) as error:

@@ -4,6 +4,10 @@ Each function yields its runs, each a dict of options of train.py. All options t
 on are named here, so that other defaults in train.py change no experiment; `eval_every` alone
 changes no number, but says which epochs are judged on the way. Made by `python results/sweep.py`.
 """
+import contextlib
+import os
+import random
+from pathlib import Path
 
 # ---- which runs ----
 
@@ -194,9 +198,26 @@ def cifar10():
         yield dict(UNIAD, dataset="cifar10", normal=normal, epochs=2, score="mean")
 
 
+def photos():
+    """your own images: 30 to 200 photos of one kind, by model; three draws of 60"""
+    features = dict(backbone="efficientnet_lite2", backbone_weights="imagenet", image_size=224,
+                    standardize=True)
+    models = (
+        dict(features, model="nearest", latent=400),
+        dict(features, model="pca", latent=20),
+        dict(model="ae", backbone="none", image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3,
+             optimizer="adam", schedule="cosine", lamp=False, epochs=200))
+    for photos, seeds in ((60, (0, 1, 2)), (30, (0,)), (120, (0,)), (200, (0,))):
+        for seed in seeds:
+            for normal in ("bottle", "capsule", "grid", "pill", "transistor"):
+                for model in models if photos == 60 else models[:1]:
+                    yield dict(dataset="folder", normal=normal, photos=photos, fpr=0.05,
+                               score="standardized", **model, seed=seed, eval_every=0)
+
+
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
     reading, tuning, table1, losses, pca, capacity, wide, logarithm, many_steps, table2,
-    table2_architecture, mvtec, unified, shortcut, parts, cifar10)}
+    table2_architecture, mvtec, unified, shortcut, parts, cifar10, photos)}
 WITH_PULL_AND_SPREAD = ("table1", "losses", "table2")
 
 
@@ -216,11 +237,11 @@ class WithoutLogarithm:
 
 
 def argv_of(options):
-    """Options -> the arguments of train.py, but for `log`, which it does not know."""
+    """Options -> the arguments of train.py, but for `log` and `photos`, which it does not know."""
     argv = []
     for key, value in options.items():
         flag = "--" + key.replace("_", "-")
-        if key == "log":
+        if key in ("log", "photos"):
             continue
         if value is True:
             argv.append(flag)
@@ -229,6 +250,26 @@ def argv_of(options):
         else:
             argv += [flag, str(value)]
     return argv
+
+
+def some_photos(options, data_dir):
+    """A folder that shows `photos` normal images of a category of MVTec AD, drawn by the seed, and
+    its whole test set: links in runs/photos/data -> its path, for --data-dir."""
+    name, seed = options["normal"], options["seed"]
+    source = Path(data_dir, "mvtec", name).resolve()
+    folder = Path(f"runs/photos/data/{name}-{options['photos']}-s{seed}")
+    if not folder.exists():
+        files = sorted((source / "train/good").iterdir())
+        random.Random(seed).shuffle(files)
+        part = Path(f"{folder}.{os.getpid()}", name)        # two workers may make one folder
+        (part / "train/good").mkdir(parents=True)
+        for file in files[:options["photos"]]:
+            (part / "train/good" / file.name).symlink_to(file)
+        for other in ("test", "ground_truth"):
+            (part / other).symlink_to(source / other)
+        with contextlib.suppress(OSError):                  # the other was first
+            part.parent.rename(folder)
+    return str(folder)
 
 
 def pull_and_spread(model, inputs, labels):

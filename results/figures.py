@@ -1,8 +1,8 @@
 """Figures: runs of train.py side by side.
 
-    python results/figures.py examples OUT.jpg RUN...     the paper's Fig. 4: the same test images as
-                                                          each run reconstructs them
-    python results/figures.py curves OUT.png RUN...       error and AUROC over the epochs
+    python results/figures.py examples OUT.jpg RUN...   the paper's Fig. 4: the same test images,
+                                                        as each run reconstructs them
+    python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
 
 To be run in the repository's folder, after the runs have been made (results/sweep.py).
 """
@@ -18,8 +18,8 @@ CURVES = ("base_error", "image_auroc", "pixel_auroc")
 
 
 def examples(out, runs, data_dir):
-    """Input, then reconstruction and error of each run, and the mask: four normals, four anomalies,
-    from the smallest score of the first run to the largest. Raises ValueError: other test images."""
+    """Input, reconstruction and error of each run, and the mask: four normals, four anomalies, from
+    the smallest score of the first run to the largest. Raises ValueError: other test images."""
     sys.path.insert(0, str(ROOT))
     import evaluate as ev
     seen, images = {}, None
@@ -57,10 +57,12 @@ def curves(out, runs, data_dir):
     axes = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0]))
     for (key, number), known in points.items():
         epochs, values = zip(*known)
-        axes[key].plot(epochs, values, "o-", markersize=3, label=title_of(records[number]["config"]))
+        title = title_of(records[number]["config"])
+        axes[key].plot(epochs, values, "o-", markersize=3, label=title)
         axes[key].set(xlabel="epoch", title=key.replace("_", " "))
     axes[shown[0]].legend(fontsize=7)
-    figure.supxlabel(f"python results/figures.py curves {out} {' '.join(map(str, runs))}", fontsize=7)
+    footer = f"python results/figures.py curves {out} {' '.join(map(str, runs))}"
+    figure.supxlabel(footer, fontsize=7)
     figure.savefig(out, dpi=110)
 
 

@@ -5,9 +5,8 @@
     python results/sweep.py table1 --only normal=8,batch_size=32,seed=0    checks these numbers
 
 results/experiments.py says which runs. results/NAME.csv has a row for each run, epoch judged and
-category, `mean` being the mean over a run's categories; the options that all runs share stand in
-the comment at its top. A run lives in runs/NAME/, where `log.txt` is what it printed; PyTorch is
-imported by the workers alone, once each. To be run in the repository's folder.
+category (`mean`: over a run's categories), at its top the options that all runs share. A run lives
+in runs/NAME/, where `log.txt` is what it printed. To be run in the repository's folder.
 """
 import argparse
 import contextlib
@@ -26,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from experiments import (EXPERIMENTS, WITH_PULL_AND_SPREAD, WithoutLogarithm, argv_of,
-                         pull_and_spread)
+                         pull_and_spread, some_photos)
 
 RESULTS = Path(__file__).resolve().parent
 METRICS = tuple("image_auroc image_ap pixel_auroc pixel_aupro threshold fpr tpr normal_error "
@@ -121,21 +120,23 @@ def make_run(experiment, options, out, argv):
 
 
 def train_and_measure(experiment, options, out, argv):
-    """As make_run, with PyTorch imported here, for the first time in a worker."""
-    import evaluate
+    """As make_run."""
+    import evaluate                                         # in workers alone, once each
     import train
-    config = train.parse([*argv_of(options), *ALWAYS, "--out", out, *argv])[1]
-    criterion = {}                                          # otherwise the config's
+    arguments = [*ALWAYS, *argv_of(options), "--out", out, *argv]
+    if "photos" in options:
+        arguments += ["--data-dir", some_photos(options, train.parse(arguments)[1]["data_dir"])]
+    config = train.parse(arguments)[1]
+    criterion = None                                        # that of the config
     if options.get("log") is False:
-        eq2 = WithoutLogarithm(options["eps"], options["over"], options["detach"])
-        criterion = {"criterion": eq2}
+        criterion = WithoutLogarithm(options["eps"], options["over"], options["detach"])
     command = f"python results/sweep.py {experiment}, its run {Path(out).name}"
-    if status := train.run(config, command, **criterion):
+    if status := train.run(config, command, criterion):
         raise RuntimeError(f"train.py ended with status {status}")
     record, more = json.loads(Path(out, "run.json").read_text()), {}
     if experiment in WITH_PULL_AND_SPREAD:
-        _, model = evaluate.load_run(out, config["device"])
-        data, inputs, _ = evaluate.open_data(config, config["device"])
+        state, model = evaluate.load_run(out, config["device"])
+        data, inputs, _ = evaluate.open_data(config, config["device"], state)
         more = pull_and_spread(model, inputs, data.labels)
     return rows_of(record, more), version_of(record)
 
