@@ -320,13 +320,19 @@ def draw_columns(path, rows, titles, color_limit, footer, inches=1.5):
         figure.savefig(path, dpi=90)
 
 
-def draw_laid_over(path, image, heat, titles):
-    """An image (C, H, W) in [0, 1], and beside it its heat map (H, W), red at 1, laid over it."""
+def lay_over(image, heat):
+    """An image (C, H, W) in [0, 1] under its heat map (H, W), which hides it where it is 1."""
     from matplotlib import colormaps
-    colors = colormaps["inferno"](heat.clamp(0, 1).numpy())[..., :3]        # (H, W, 3)
-    image = image.expand(3, -1, -1)
-    both = 0.5 * image + 0.5 * torch.from_numpy(colors).float().movedim(-1, 0)
-    draw_columns(path, {"": torch.stack([image, both])}, titles, 1, "", inches=4)
+    heat = heat.clamp(0, 1)
+    colors = torch.from_numpy(colormaps["inferno"](heat.numpy())[..., :3]).float().movedim(-1, 0)
+    opacity = 0.9 * heat
+    return (1 - opacity) * image.expand(3, -1, -1) + opacity * colors       # (3, H, W)
+
+
+def draw_laid_over(path, image, heat, titles):
+    """An image, and beside it its heat map laid over it."""
+    both = torch.stack([image.expand(3, -1, -1), lay_over(image, heat)])
+    draw_columns(path, {"": both}, titles, 1, "", inches=4)
 
 
 @torch.no_grad()

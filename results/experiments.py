@@ -199,20 +199,20 @@ def cifar10():
 
 
 def photos():
-    """your own images: 30 to 200 photos of one kind, by model; three draws of 60"""
-    features = dict(backbone="efficientnet_lite2", backbone_weights="imagenet", image_size=224,
-                    standardize=True)
-    models = (
-        dict(features, model="nearest", latent=400),
-        dict(features, model="pca", latent=20),
-        dict(model="ae", backbone="none", image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3,
-             optimizer="adam", schedule="cosine", lamp=False, epochs=200))
-    for photos, seeds in ((60, (0, 1, 2)), (30, (0,)), (120, (0,)), (200, (0,))):
-        for seed in seeds:
-            for normal in ("bottle", "capsule", "grid", "pill", "transistor"):
-                for model in models if photos == 60 else models[:1]:
-                    yield dict(dataset="folder", normal=normal, photos=photos, fpr=0.05,
-                               score="standardized", **model, seed=seed, eval_every=0)
+    """your own images: 20 to 200 photos of one kind, by model and score; three draws of 60"""
+    features = dict(backbone="efficientnet_lite2", image_size=224)
+    nearest = dict(features, model="nearest", latent=400)
+    pca = dict(features, model="pca", latent=20)
+    ae = dict(model="ae", backbone="none", image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3,
+              optimizer="adam", schedule="cosine", lamp=False, epochs=200)
+    cells = [dict(nearest, photos=n, seed=0, score="standardized") for n in (20, 30, 120, 200)]
+    for seed in (0, 1, 2):
+        for model, raw in ((nearest, "max"), (pca, "max"), (ae, "sum")):
+            cells.append(dict(model, photos=60, seed=seed, score="standardized"))
+            cells.append(dict(model, photos=60, seed=seed, score=raw))
+    for normal in ("bottle", "capsule", "grid", "pill", "transistor"):
+        for cell in cells:
+            yield dict(cell, dataset="folder", normal=normal, fpr=0.05, eval_every=0)
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (

@@ -3,12 +3,14 @@
     python results/figures.py examples OUT.jpg RUN...   the paper's Fig. 4: the same test images,
                                                         as each run reconstructs them
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
+    python results/figures.py verdicts OUT.jpg RUN...  a row a run: test images with heat maps
 
 To be run in the repository's folder, after the runs have been made (results/sweep.py).
 """
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -35,13 +37,42 @@ def examples(out, runs, data_dir):
     ev.draw_examples(out, seen, data, footer)
 
 
+def verdicts(out, runs, data_dir):
+    """A row a run: two normals and five anomalies, the middle of each fifth by score, with the heat
+    map laid over and what the threshold says."""
+    sys.path.insert(0, str(ROOT))
+    import evaluate as ev
+    from autoencoder import lay_over
+    figure = Figure(figsize=(11, 1.85 * len(runs) + 0.2), layout="constrained")
+    for axes, run in zip(figure.subplots(len(runs), 7, squeeze=False), runs):
+        state, model = ev.load_run(run)
+        c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
+        data, inputs, _ = ev.open_data(c, "cpu", state)
+        judged = ev.judge(model, c, data, inputs)[1]
+        order, picked = judged.scores.argsort(), []
+        for label, count in ((0, 2), (1, 5)):
+            mine = order[data.labels[order] == label].tolist()
+            picked += [mine[int((i + 0.5) / count * len(mine))] for i in range(count)]
+        for axis, i in zip(axes, picked):
+            heat = judged.maps[i] / judged.color_limit
+            axis.imshow(lay_over(ev.to_float(data.test[i]), heat).permute(1, 2, 0).numpy())
+            word = ev.verdict(judged.scores[i], judged.thresholds[i])
+            truth = "defective" if data.labels[i] else "good"
+            axis.set_title(f"{truth}: {word}", fontsize=8)
+            axis.set(xticks=[], yticks=[])
+        axes[0].set_ylabel(data.categories[0], fontsize=9)
+    footer = f"python results/figures.py verdicts {out} {' '.join(map(str, runs))}"
+    figure.supxlabel("\n".join(textwrap.wrap(footer, 220)), fontsize=5)
+    figure.savefig(out, dpi=90)
+
+
 def title_of(c):
     """A run in words: "L2-LAMP"; of other models than the autoencoder also their name."""
     loss = f"{c['loss'].upper()}{'-LAMP' if c['lamp'] else ''}"
     return loss if c["model"] == "ae" else f"{c['model']}, {loss}"
 
 
-def curves(out, runs, data_dir):
+def curves(out, runs, data_dir=None):
     """A panel for each of CURVES that some run has, a line a run."""
     records = [json.loads(Path(run, "run.json").read_text()) for run in runs]
     points = {}                                             # (curve, run's number): epochs, values
@@ -69,12 +100,12 @@ def curves(out, runs, data_dir):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("figure", choices=("examples", "curves"))
+    add("figure", choices=("examples", "curves", "verdicts"))
     add("out", help="the picture")
     add("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     args = parser.parse_args(argv)
-    draw = {"examples": examples, "curves": curves}[args.figure]
+    draw = {"examples": examples, "curves": curves, "verdicts": verdicts}[args.figure]
     try:
         draw(args.out, args.runs, args.data_dir)
     except (ValueError, OSError) as error:
