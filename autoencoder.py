@@ -119,35 +119,51 @@ class PCA(nn.Module):
         return (self.mean + code @ self.components).view_as(y)
 
 
+def turned(images, angle):
+    """Images (N, C, S, S), uint8, turned about their center by an angle in radians, mirrored at
+    their borders."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
+    grid = F.affine_grid(turn, images.shape, align_corners=False)
+    turned = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    return turned.round().byte()
+
+
 class NearestToken(nn.Module):
     """Each token of features becomes the mean of the 3 nearest ones (L2) in a bank, the tokens of
     normal images: what no normal image shows, it cannot reconstruct.
 
     f -> f_hat, (B, C, g, g) -> (B, C, g, g). An image that is itself in the bank is compared with
     the others alone: it would have no error at all. channels: C; grid: g; images: those in the
-    bank, which `solve` fills.
+    bank, which `solve` fills; turns: copies of each, itself the first, which count as one image.
     """
 
-    def __init__(self, channels, grid, images):
+    def __init__(self, channels, grid, images, turns=1):
         super().__init__()
-        bank = torch.zeros(images, grid * grid, channels)
+        bank = torch.zeros(images, turns * grid * grid, channels)
         self.bank = nn.Parameter(bank, requires_grad=False)
 
-    def solve(self, features, seed=0):
-        """Draw the bank from normals' features (N, C, g, g); of fewer than it holds some repeat."""
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
-        drawn = order[torch.arange(len(self.bank)) % len(order)]
-        self.bank.copy_(features[drawn].flatten(2).transpose(1, 2))
+    def solve(self, features):
+        """Fill the bank: normals (N, C, g, g), or with their copies (N, turns, C, g, g)."""
+        self.bank.copy_(features.flatten(-2).mT.reshape(self.bank.shape))
 
     def forward(self, features):
-        return torch.stack([self.reconstruct(f.flatten(1).T) for f in features]).view_as(features)
+        norms = self.bank.square().sum(2)                       # (images, turns g g)
+        tokens = features.flatten(2).mT                         # (B, g g, C)
+        f_hat = torch.empty_like(tokens)
+        for i, image in enumerate(tokens):
+            itself = (self.bank[:, :len(image)] == image).flatten(1).all(1)
+            far = norms if itself.all() else norms.masked_fill(itself[:, None], math.inf)
+            f_hat[i] = self.reconstruct(image, far.flatten())
+        return f_hat.mT.view_as(features)
 
-    def reconstruct(self, tokens):                              # (g g, C) -> (C, g g)
-        others = self.bank[(self.bank != tokens).flatten(1).any(1)]
-        others = (others if len(others) else self.bank).flatten(0, 1)
-        distances = torch.cdist(tokens, others)                 # (g g, tokens in the bank)
-        nearest = distances.topk(min(3, len(others)), largest=False).indices
-        return others[nearest].mean(1).T
+    def reconstruct(self, tokens, norms):                       # (g g, C) -> (g g, C)
+        bank, nearest = self.bank.flatten(0, 1), []
+        count = min(3, int(norms.isfinite().sum()))
+        for some in tokens.split(max(1, 2 ** 25 // len(bank))):             # up to 128 MB at a time
+            distances = torch.addmm(norms, some, bank.T, alpha=-2)          # less |token|^2
+            nearest.append(distances.topk(count, largest=False).indices)
+        return bank[torch.cat(nearest)].mean(1)
 
 
 # ---- from a reconstruction to a score (Sec. 3.1, "Evaluation metric"), for every model here ----

@@ -4,9 +4,8 @@
     data.train                      # (N, C, H, W) uint8, normal images only
     data.test, data.labels          # (M, C, H, W) uint8; (M,) 0 normal, 1 anomalous
 
-All is held in memory (MNIST: 72 MB), so a batch is one indexing operation. Of labeled images
-(digits, mnist, fashion_mnist, cifar10) `normal` names the classes that are normal, of folders
-(mvtec, folder) categories, each with its own test set.
+All is held in memory. Of labeled images (digits, mnist, fashion_mnist, cifar10) `normal` names
+the classes that are normal, of folders (mvtec, folder) categories, each with its own test set.
 """
 import glob
 import hashlib
@@ -32,8 +31,7 @@ Data = namedtuple("Data", "train train_classes test labels masks categories file
 Data.__doc__ = """What `load` returns.
 train: (N, C, H, W) uint8, all normal; train_classes: N names, the class or category of each
 test: (M, C, H, W) uint8; labels: (M,) int64, 0 normal, 1 anomalous; categories: M names
-masks: (M, H, W) bool, true where defective, or None; an anomalous image without any true pixel
-    has no known mask, and is left out of pixel metrics
+masks: (M, H, W) bool, true where defective, or None; an anomaly of which all is false has none
 files: of folders, where each of `train` was read; white: see `find_white`"""
 Inputs = namedtuple("Inputs", "train train_classes held held_classes test prepare images "
                               "train_keys held_keys")
@@ -93,8 +91,10 @@ def with_progress(items, what, total):
 
 
 def split(classes, seed, fpr=0.05):
-    """Indices of the normals to train on, and of those set aside for the threshold, by the seed:
-    10 % of a class, or as many as `fpr` needs (19 for .05), but at most a third of a small one."""
+    """Indices of the normals to train on, and of those set aside for the threshold by the seed: 10%
+    of a class, or as many as `fpr` needs (19 for .05), but at most a third; none without `fpr`."""
+    if fpr is None:
+        return torch.arange(len(classes)), torch.arange(0)
     generator, classes = torch.Generator().manual_seed(seed), np.array(classes)
     needed = math.ceil(round(1 / fpr, 9)) - 1
     train, held = [], []

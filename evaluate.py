@@ -28,7 +28,7 @@ from data import FOLDERS, list_images, load, read_image, resize, to_float, to_in
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
 VERSION = 3                                                 # of model.pt; raise it with a change
-SOLVED = {"pca": PCA, "nearest": NearestToken}              # not trained by a loss
+SOLVED = ("pca", "nearest")                                 # not trained by a loss
 SCORES = ("sum", "mean", "max", "standardized")
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
 FEATURE_CACHE = "runs/features"
@@ -44,8 +44,10 @@ def build_model(c, shape):
     if name == "ae":
         return ConvAutoencoder(channels, depth, latent=c["latent"], kernel_size=c["kernel_size"],
                                patches=c["patches"])
-    if name in SOLVED:
-        return SOLVED[name](channels, side, c["latent"])
+    if name == "pca":
+        return PCA(channels, side, c["latent"])
+    if name == "nearest":
+        return NearestToken(channels, side, c["latent"] // c["turns"], c["turns"])
     if name in ("mlp", "cnn"):
         return {"mlp": FeatureMLP, "cnn": FeatureCNN}[name](channels, layers=depth)
     return UniAD(channels, side, layers=depth, neighbors=c["neighbors"], jitter=c["jitter"],
@@ -71,7 +73,7 @@ def open_data(c, device="cpu", state=None):
     data = load(c["dataset"], c["normal"], c["data_dir"], size, c["validate"], known["white"])
     backbone = open_backbone(c, device)
     inputs = to_inputs(data, c["seed"], backbone, FEATURE_CACHE, known["backbone"], known["keys"],
-                       c["fpr"])
+                       None if c["model"] == "nearest" else c["fpr"])
     if c["dataset"] not in FOLDERS:                         # its normal classes are one category
         task = data.categories[0]
         inputs = inputs._replace(train_classes=[task] * len(inputs.train),
@@ -133,9 +135,7 @@ def calibrate(model, c, inputs, size):
     held = error_maps(model, inputs.held, inputs.prepare)
     for name in sorted(set(inputs.train_classes)):
         seen = trained[of_category(inputs.train_classes, name)]
-        new = held[of_category(inputs.held_classes, name)]
-        if c["model"] == "nearest":                         # which compares each with the others
-            seen = new = torch.cat([seen, new])
+        new = seen if c["model"] == "nearest" else held[of_category(inputs.held_classes, name)]
         known["statistics"][name] = place_statistics(smooth(seen, c, size, 64))
         scores[name] = category_scores(new, [name], c, known)[:, 0]
         if c["model"] == "nearest" and c["score"] == "standardized":

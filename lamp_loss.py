@@ -12,7 +12,10 @@ where it was judged on training images alone (results/README.md, "Which LAMP?").
 The sum in Eq. 1 is over the elements of one image, as the authors' poster writes it
 (y_{h,w,c}); a batch is averaged. Run this file to draw the paper's Fig. 2: python lamp_loss.py
 """
+import io
 import math
+import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -205,6 +208,29 @@ def restore(state, optim, order):
     return list(state["history"])
 
 
+def write_checkpoint(path, fixed, model, progress):
+    """model.pt beside its place, then moved into it: a kill at any moment leaves a whole one."""
+    buffer = io.BytesIO()                                   # a full disk is then a plain OSError
+    torch.save({**progress, **fixed, "model": model.state_dict()}, buffer)
+    path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
+    path.with_name("run.json").unlink(missing_ok=True)      # of an earlier, shorter run
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def start_process(c):
+    """Threads and device; under torchrun, join the others, of which only rank 0 prints."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(c["threads"] or max(1, os.cpu_count() // world))
+    torch.set_flush_denormal(True)                          # LAMP's tiny gradients are slow
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device(c["device"])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if c["device"] == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    local = f"{c['device']}:{os.environ['LOCAL_RANK']}"
+    return torch.device(local if c["device"] == "cuda" else c["device"])
+
+
 def processes():
     """(this process's rank, their count): (0, 1) but under torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -224,6 +250,19 @@ def record_epoch(epoch, means, seconds):
         dist.all_reduce(means)
     return {"epoch": epoch, "loss": float(means[0]), "base_error": float(means[1]),
             "seconds": round(seconds, 3)}
+
+
+def print_epoch(history, epochs):
+    """A line: on a terminal one that is rewritten, otherwise that of every tenth of the epochs."""
+    now = history[-1]
+    auroc = now.get("image_auroc")
+    judged = "" if auroc is None else f"   image AUROC {auroc:.4f}"
+    left = sum(h["seconds"] for h in history) / len(history) * (epochs - len(history))
+    stays = judged or now["epoch"] % max(1, epochs // 10) == 0 or now["epoch"] == epochs
+    if stays or sys.stdout.isatty():
+        print(f"epoch {now['epoch']:>4}/{epochs}   loss {now['loss']:.5f}   base error "
+              f"{now['base_error']:.5f}{judged}   {left:.0f} s left   ",
+              end="\n" if stays else "\r", flush=True)
 
 
 def figure_2(path, eps=0.1):

@@ -40,7 +40,7 @@ import landscape
 import train
 import uniad
 from autoencoder import (PCA, ConvAutoencoder, NearestToken, from_patches, reestimate_batch_norm,
-                         to_patches)
+                         to_patches, turned)
 from lamp_loss import BASE_LOSSES, HeldLamp, ReconstructionLoss, lamp, scale, ssim
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, jitter, neighbor_mask
 
@@ -215,20 +215,24 @@ def test_pca_of_as_many_components_as_images_reconstructs_them_and_few_with_many
     close(model(y[:3]), y[:3], 1e-4)
 
 
-def test_nearest_tokens_are_those_of_all_normals_but_the_image_itself():
-    normals, f = torch.randn(5, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    model, small = NearestToken(3, 4, 5), NearestToken(3, 4, 2)
+def test_nearest_tokens_are_those_of_all_normals_and_copies_but_the_image_itself_and_its_own():
+    normals, f = torch.randn(5, 2, 3, 4, 4), torch.randn(2, 3, 4, 4)    # each with a copy
+    model = NearestToken(3, 4, 5, turns=2)
     model.solve(normals)
-    for image in [*f, normals[3]]:
+    for image in [*f, normals[3, 0]]:
         f_hat = model(image[None])[0]
-        others = [n for n in normals if not torch.equal(n, image)]
+        others = [n for n in normals if not torch.equal(n[0], image)]
         for i, j in itertools.product(range(4), range(4)):
-            bank = [n[:, k, m] for n in others for k in range(4) for m in range(4)]
+            bank = [n[t, :, k, m] for n in others for t in (0, 1) for k in range(4) for m in range(4)]
             bank.sort(key=lambda token: float((token - image[:, i, j]).norm()))
             close(f_hat[:, i, j], sum(bank[:3]) / 3)
-    small.solve(normals)
-    kept = [i for i, n in enumerate(normals) if (small.bank == n.flatten(1).T).all((1, 2)).any()]
-    assert len(kept) == 2                                               # whole images, drawn
+
+
+def test_a_quarter_turn_is_exact_and_any_turn_is_mirrored_at_the_borders_without_black_corners():
+    y = images(2, 8, 3)
+    for quarters in range(5):
+        assert torch.equal(turned(y, quarters * math.pi / 2), y.rot90(quarters, (2, 3)))
+    assert turned(torch.full_like(y, 200), 0.7).unique().tolist() == [200]
 
 
 def test_reestimated_batch_norm_holds_the_mean_and_variance_of_all_inputs():
@@ -828,19 +832,39 @@ def test_standardized_scores_of_categories_with_few_images_share_one_threshold()
         assert each["threshold_images"] == 12
 
 
-def test_nearest_tokens_take_their_threshold_from_all_normals_each_left_out_in_turn():
+@pytest.mark.parametrize("turns", (1, 4))
+def test_nearest_tokens_take_their_threshold_from_all_normals_each_left_out_in_turn(turns):
     make_folder(["bolt"])
-    call(train.main, f"{FEATURES} --model nearest --score sum --fpr 0.3")
-    (state, model), c = ev.load_run("run"), ev.load_run("run")[0]["config"]
-    _, inputs, _ = ev.open_data(c, "cpu", state)
-    normals = inputs.prepare(torch.cat([inputs.train, inputs.held])).flatten(2).transpose(1, 2)
+    call(train.main, f"{FEATURES} --model nearest --score sum --fpr 0.3 --turns {turns}")
+    state, _ = ev.load_run("run")
+    _, inputs, backbone = ev.open_data(state["config"], "cpu", state)
+    assert len(inputs.train) == 20 and not len(inputs.held)
+    copies = [turned(inputs.images, 2 * math.pi * turn / turns) for turn in range(turns)]
+    features = torch.stack([backbone(data.to_float(copy)) for copy in copies], 1)   # (N, turns, C, g, g)
+    normals = features.flatten(3).mT                                    # (N, turns, g g, C)
     grid = []
-    for i, tokens in enumerate(normals):
-        others = torch.cat([*normals[:i], *normals[i + 1:]])
+    for i, tokens in enumerate(normals[:, 0]):
+        others = torch.cat([normals[:i], normals[i + 1:]]).flatten(0, 2)
         nearest = torch.cdist(tokens, others).topk(3, largest=False).indices
         grid.append((others[nearest].mean(1) - tokens).norm(dim=1).view(2, 2))
     maps = F.interpolate(torch.stack(grid)[:, None], (32, 32), mode="bilinear", align_corners=True)
     close(metrics("run")["threshold"], ev.threshold(maps.sum((1, 2, 3)), 0.3), 1e-4)
+
+
+@pytest.mark.parametrize("lying,turns", (("alike", 1), ("anyhow", 8)))
+def test_turned_copies_are_kept_where_things_lie_anyhow_and_resuming_keeps_the_choice(lying, turns):
+    folder, ramp = make_folder(["bolt"]) / "bolt/train/good", np.arange(32.0)[:, None] * 8
+    for i, path in enumerate(folder.iterdir()):
+        pixels = np.random.default_rng(i).uniform(0, 8, (32, 32)) + np.where(ramp.T > 128, ramp, 0)
+        turn = i * 45 if lying == "anyhow" else 0
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).rotate(turn).save(path)
+    text = call(train.main, f"{FEATURES} --model nearest --latent 99")
+    assert f"things {'all lie' if turns == 1 else 'lie'} {lying}" in text
+    kept = ev.load_run("run")[0]["config"]
+    assert (kept["turns"], kept["latent"]) == (turns, 20 if turns == 1 else 12 * 8)
+    before = metrics("run")
+    call(train.main, f"{FEATURES} --model nearest --latent 99 --resume")
+    assert metrics("run") == before
 
 
 def test_a_test_set_without_anomalies_gives_null_not_a_crash():

@@ -9,7 +9,6 @@ every image size. On one CPU a command repeats to the last bit.
 """
 import argparse
 import functools
-import io
 import json
 import math
 import os
@@ -26,10 +25,11 @@ import torchvision
 from torch import nn
 
 import evaluate as ev
-from autoencoder import reestimate_batch_norm
-from data import DATASETS, FOLDERS, to_float
+from autoencoder import NearestToken, reestimate_batch_norm, turned
+from data import DATASETS, FOLDERS, cached_features, to_float
 from lamp_loss import (BASE_LOSSES, OPTIMIZERS, SCHEDULES, ReconstructionLoss, draw_batches,
-                       processes, record_epoch, restore, share_of, snapshot, take_step)
+                       print_epoch, processes, record_epoch, restore, share_of, snapshot,
+                       start_process, take_step, write_checkpoint)
 from uniad import Backbone
 
 B4, YES_NO = "efficientnet_b4", argparse.BooleanOptionalAction
@@ -101,33 +101,6 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
     return history
 
 
-def print_epoch(history, epochs):
-    """A line: on a terminal one that is rewritten, otherwise that of every tenth of the epochs."""
-    now = history[-1]
-    auroc = now.get("image_auroc")
-    judged = "" if auroc is None else f"   image AUROC {auroc:.4f}"
-    left = sum(h["seconds"] for h in history) / len(history) * (epochs - len(history))
-    stays = judged or now["epoch"] % max(1, epochs // 10) == 0 or now["epoch"] == epochs
-    if stays or sys.stdout.isatty():
-        print(f"epoch {now['epoch']:>4}/{epochs}   loss {now['loss']:.5f}   base error "
-              f"{now['base_error']:.5f}{judged}   {left:.0f} s left   ",
-              end="\n" if stays else "\r", flush=True)
-
-
-def start_process(c):
-    """Threads and device; under torchrun, join the others, of which only rank 0 prints."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    torch.set_num_threads(c["threads"] or max(1, os.cpu_count() // world))
-    torch.set_flush_denormal(True)                          # LAMP's tiny gradients are slow
-    if "LOCAL_RANK" not in os.environ:
-        return torch.device(c["device"])
-    dist.init_process_group("cpu:gloo,cuda:nccl" if c["device"] == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    local = f"{c['device']}:{os.environ['LOCAL_RANK']}"
-    return torch.device(local if c["device"] == "cuda" else c["device"])
-
-
 # ---- the command line ----
 
 def parse(argv):
@@ -168,6 +141,7 @@ def other_options(add):
     add("--latent", type=int, help="ae: channels of the code; pca: components; nearest: images")
     add("--kernel-size", type=int, default=3, help="ae: odd (default: 3)")
     add("--patches", type=int, default=1, help="ae: n x n patches apart (default: 1)")
+    add("--turns", type=int, default=0, help="nearest: positions of an image; 0: 8 if these help")
     add("--neighbors", type=int, help="side of UniAD's mask, 0 for none")
     add("--jitter", type=float, help="scale of UniAD's feature jitter, 0 for none")
     add("--query", choices=("layerwise", "first", "none"), help="UniAD's learned queries")
@@ -244,8 +218,6 @@ def settle(c, images):
         c["epochs"] = math.ceil(c["steps"] / a_pass)
     if c["eval_every"] is None:
         c["eval_every"] = max(1, c["epochs"] // 10)
-    if c["model"] == "nearest":
-        c["latent"] = min(c["latent"], images)
 
 
 # ---- a run ----
@@ -265,23 +237,46 @@ def open_folder(c):
         raise ValueError(f"{out} already holds a run of {len(state['history'])} of {old['epochs']} "
                          "epochs: --resume goes on, --overwrite replaces it, or name another --out")
     c["epochs"] = c["epochs"] or old["epochs"]
+    if c["model"] == "nearest":                             # what the normals decided
+        c |= {key: old.get(key) for key in ("turns", "latent")}
     if c["schedule"] == "constant":                         # others are planned for their epochs
         old["epochs"] = c["epochs"]
     changed = [f"--{key.replace('_', '-')} {old.get(key)} (now {c[key]})" for key in c
-               if key not in (*MAY_CHANGE, "latent") and c[key] != old.get(key)]
+               if key not in MAY_CHANGE and c[key] != old.get(key)]
     if changed:
         raise ValueError("--resume goes on as it began (--epochs may change with --schedule "
                          f"constant alone); the run has {', '.join(changed)}")
     return state
 
 
-def write_checkpoint(path, fixed, model, progress):
-    """model.pt beside its place, then moved into it: a kill at any moment leaves a whole one."""
-    buffer = io.BytesIO()                                   # a full disk is then a plain OSError
-    torch.save({**progress, **fixed, "model": model.state_dict()}, buffer)
-    path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
-    path.with_name("run.json").unlink(missing_ok=True)      # of an earlier, shorter run
-    os.replace(path.with_suffix(".tmp"), path)
+def bank_features(inputs, backbone, images, turns):
+    """At most so many of the normals as the model sees them, drawn, but always the same, each with
+    its copies turned by 360 / turns degrees, itself the first: (N, turns, C, g, g)."""
+    drawn = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(0))[:images]
+    features = [inputs.train[drawn]]
+    for turn in range(1, turns):
+        copies = turned(inputs.images[drawn], 2 * math.pi * turn / turns)
+        owners = [f"copies, turn {turn} of {turns}"] * len(copies)
+        features.append(cached_features(backbone, copies, owners, ev.FEATURE_CACHE))
+    return inputs.prepare(torch.stack(features, 1).to(backbone.mean.device))
+
+
+def settle_bank(c, inputs, backbone):
+    """Fill in `latent`, what the bank holds, and `turns` where it is 0. On folders: 8 where copies
+    lower the normals' squared error by more than 10 %, each image left out in turn (of 30)."""
+    if c["turns"] == 0 and c["dataset"] in FOLDERS:
+        features, errors = bank_features(inputs, backbone, 30, 8), []       # (N, 8, C, g, g)
+        for turns in (1, 8):
+            model = NearestToken(*features.shape[2:4], len(features), turns).to(features.device)
+            model.solve(features[:, :turns])
+            errors.append(float(ev.error_maps(model, features[:, 0]).square().mean()))
+        fall = 1 - errors[1] / errors[0] if errors[0] else 0.0
+        c["turns"] = 8 if fall > 0.1 else 1
+        found = "lie anyhow; copies kept" if c["turns"] == 8 else "all lie alike; copies not kept"
+        print(f"8 turned copies of each image lower the error of the others by {fall:.0%}: these "
+              f"things {found}")
+    c["turns"] = c["turns"] or 1
+    c["latent"] = c["turns"] * min(len(inputs.train), max(1, c["latent"] // c["turns"]))
 
 
 def assess(c, model, data, inputs):
@@ -347,17 +342,20 @@ def run(c, command, criterion=None):
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before one writes
     data, inputs, backbone = ev.open_data(c, device, state)
-    normals = torch.cat([inputs.train, inputs.held]) if c["model"] == "nearest" else inputs.train
-    settle(c, len(normals))
+    settle(c, len(inputs.train))
     print_start(c, data, inputs)
+    if c["model"] == "nearest" and not state:
+        settle_bank(c, inputs, backbone)
 
     shape = list(inputs.prepare(inputs.train[:1].to(device)).shape[1:])
     torch.manual_seed(c["seed"] + rank)                     # own noise; all get rank 0's weights
     model = ev.build_model(c, shape).to(device)
     if state:
         model.load_state_dict(state["model"])
-    elif c["model"] in ev.SOLVED:
-        model.solve(inputs.prepare(normals))
+    elif c["model"] == "pca":
+        model.solve(inputs.prepare(inputs.train.to(device)))
+    elif c["model"] == "nearest":
+        model.solve(bank_features(inputs, backbone, c["latent"] // c["turns"], c["turns"]))
     fixed = {"version": ev.VERSION, "config": c, "shape": shape, "white": data.white,
              "image": list(data.train.shape[1:]), "keys": (inputs.train_keys, inputs.held_keys),
              "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}
