@@ -67,11 +67,10 @@ def open_backbone(c, device):
 def open_data(c, device="cpu", state=None):
     """Config -> Data, Inputs, Backbone or None. state: of a saved run, whose feature statistics and
     images set aside then hold."""
-    native = sees_features(c) and c["dataset"] not in FOLDERS               # Backbone scales them
-    size = None if native else c["image_size"]
+    size = c["image_size"] if c["dataset"] in FOLDERS or not sees_features(c) else None
     known = state or dict(white=None, backbone=None, keys=None)
     data = load(c["dataset"], c["normal"], c["data_dir"], size, c["validate"], known["white"])
-    backbone = open_backbone(c, device)
+    backbone = open_backbone(c, device)                     # which scales labeled images itself
     inputs = to_inputs(data, c["seed"], backbone, FEATURE_CACHE, known["backbone"], known["keys"],
                        None if c["model"] == "nearest" else c["fpr"])
     if c["dataset"] not in FOLDERS:                         # its normal classes are one category
@@ -131,22 +130,24 @@ def calibrate(model, c, inputs, size):
     errors by category; `thresholds`, {category: (threshold or None, number of normal images it
     comes from)}; `color_limit`, the upper end of the heat maps' color scale."""
     known, scores, maps = dict(size=size, statistics={}, thresholds={}), {}, []
-    trained = error_maps(model, inputs.train, inputs.prepare)
+    standardized, left_out = c["score"] == "standardized", c["model"] == "nearest"
+    needed = slice(None if standardized or left_out else 0)
+    trained = error_maps(model, inputs.train[needed], inputs.prepare)
     held = error_maps(model, inputs.held, inputs.prepare)
     for name in sorted(set(inputs.train_classes)):
-        seen = trained[of_category(inputs.train_classes, name)]
-        new = seen if c["model"] == "nearest" else held[of_category(inputs.held_classes, name)]
-        known["statistics"][name] = place_statistics(smooth(seen, c, size, 64))
+        seen = trained[of_category(inputs.train_classes[needed], name)]
+        new = seen if left_out else held[of_category(inputs.held_classes, name)]
+        if standardized:
+            known["statistics"][name] = place_statistics(smooth(seen, c, size, 64))
         scores[name] = category_scores(new, [name], c, known)[:, 0]
-        if c["model"] == "nearest" and c["score"] == "standardized":
+        if standardized and left_out:
             scores[name] = left_out_scores(new)
         maps.append(heat_maps(smooth(new, c, size, 32), size))
     for name, mine in scores.items():
-        if c["score"] == "standardized" and len(mine) < 1 / c["fpr"] - 1:
+        if standardized and len(mine) < 1 / c["fpr"] - 1:
             mine = torch.cat(list(scores.values()))         # of one unit, so that all may serve
         known["thresholds"][name] = (threshold(mine, c["fpr"]) if len(mine) else None, len(mine))
-    maps = torch.cat(maps)
-    known["color_limit"] = 2 * float(np.quantile(maps, 0.999)) if len(maps) else 1.0
+    known["color_limit"] = 2 * float(np.quantile(torch.cat(maps), 0.999)) if maps[0].any() else 1.0
     return known
 
 
@@ -206,7 +207,7 @@ def describe(m, fpr):
     rows, lines = [*m["categories"].items()], [" " * 20 + "".join(f"{key:>13}" for key in METRICS)]
     for name, row in [*rows, ("mean", m)] if len(rows) > 1 else rows:
         numbers = [f"{number(row[key]):>13}" for key in METRICS]
-        lines.append(f"{printable(name)[:19]:<20}" + "".join(numbers))
+        lines.append(f"{printable(name)[:19]:<20}{''.join(numbers)}")
     if m["image_auroc"] is None:
         lines.append("-: a metric needs both normal and anomalous test images")
     for name, row in rows:
@@ -288,8 +289,7 @@ def judge_files(run, paths, device, category, pictures):
     if category not in (None, *known["thresholds"]):
         raise ValueError(f"--category {category}: {run} knows {', '.join(known['thresholds'])}")
     names = [category] if category else [*known["thresholds"]]
-    for name in names:
-        limit, images = known["thresholds"][name]
+    for name, (limit, images) in ((name, known["thresholds"][name]) for name in names):
         print(f"threshold of {name} {number(limit)}, {promise(images, c['fpr'])}")
     rows, folder = open_report(Path(run), pictures)
     files = list_images(paths)
@@ -358,7 +358,7 @@ def open_report(run, pictures):
 
 
 def evaluate_run(run, data_dir, device):
-    """Numbers and pictures of a saved run."""
+    """Numbers and picture of a saved run."""
     state, model = load_run(run, device)
     c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
     data, inputs, _ = open_data(c, device, state)
