@@ -43,7 +43,7 @@ DEFAULTS = {                                                # all that depend on
     "image_size":   (32,       32,       224,      224,         224,         224,    224),
     "depth":        (4,        1,        1,        4,           4,           6,      5),
     "width":        (16,       0,        0,        256,         256,         128,    1520),
-    "latent":       (8,        8,        400,      0,           0,           0,      0),
+    "latent":       (8,        8,        800,      0,           0,           0,      0),
     "steps":        (1400,     0,        0,        1500,        1500,        500,    500),
     "batch_size":   (32,       0,        0,        8,           8,           8,      8),
     "lr":           (3e-3,     0.0,      0.0,      0.02,        0.02,        0.02,   0.02),
@@ -250,10 +250,11 @@ def open_folder(c):
     return state
 
 
-def bank_features(inputs, backbone, images, turns):
-    """At most so many of the normals as the model sees them, drawn, but always the same, each with
-    its copies turned by 360 / turns degrees, itself the first: (N, turns, C, g, g)."""
-    drawn = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(0))[:images]
+def bank_features(c, inputs, backbone, turns):
+    """What a bank of c["latent"] images holds: normals as the model sees them, drawn, always the
+    same, each with its copies turned by 360 / turns degrees, itself first: (N, turns, C, g, g)."""
+    order = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(0))
+    drawn = order[:max(1, c["latent"] // turns)]
     features = [inputs.train[drawn]]
     for turn in range(1, turns):
         copies = turned(inputs.images[drawn], 2 * math.pi * turn / turns)
@@ -266,16 +267,16 @@ def settle_bank(c, inputs, backbone):
     """Fill in `latent`, what the bank holds, and `turns` where it is 0. On folders: 8 where copies
     lower the normals' squared error by more than 10 %, each image left out in turn (of 30)."""
     if c["turns"] == 0 and c["dataset"] in FOLDERS:
-        features, errors = bank_features(inputs, backbone, 30, 8), []       # (N, 8, C, g, g)
+        errors = []
         for turns in (1, 8):
-            model = NearestToken(*features.shape[2:4], len(features), turns).to(features.device)
-            model.solve(features[:, :turns])
-            errors.append(float(ev.error_maps(model, features[:, 0]).square().mean()))
+            bank = bank_features(c, inputs, backbone, turns)
+            model = NearestToken(*bank.shape[2:4], len(bank), turns).to(bank.device)
+            model.solve(bank)
+            errors.append(float(ev.error_maps(model, bank[:30, 0]).square().mean()))
         fall = 1 - errors[1] / errors[0] if errors[0] else 0.0
         c["turns"] = 8 if fall > 0.1 else 1
-        found = "lie anyhow; copies kept" if c["turns"] == 8 else "all lie alike; copies not kept"
-        print(f"8 turned copies of each image lower the error of the others by {fall:.0%}: these "
-              f"things {found}")
+        found = "lie anyhow; copies kept" if fall > 0.1 else "all lie alike; copies not kept"
+        print(f"8 turned copies of each lower the others' error by {fall:.0%}: things {found}")
     c["turns"] = c["turns"] or 1
     c["latent"] = c["turns"] * min(len(inputs.train), max(1, c["latent"] // c["turns"]))
 
@@ -356,7 +357,7 @@ def run(c, command, criterion=None):
     elif c["model"] == "pca":
         model.solve(inputs.prepare(inputs.train.to(device)))
     elif c["model"] == "nearest":
-        model.solve(bank_features(inputs, backbone, c["latent"] // c["turns"], c["turns"]))
+        model.solve(bank_features(c, inputs, backbone, c["turns"]))
     fixed = {"version": ev.VERSION, "config": c, "shape": shape, "white": data.white,
              "image": list(data.train.shape[1:]), "keys": (inputs.train_keys, inputs.held_keys),
              "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}
