@@ -263,8 +263,9 @@ def promise(images, fpr):
     needed = math.ceil(1 / fpr) - 1
     if images >= needed:
         return f"exceeded by about {fpr:.0%} of new normal images"
-    return (f"too few normal images: {images} set aside, so that {1 / (images + 1):.0%} of new "
-            f"ones may exceed it; {fpr:.0%} needs at least {needed}, of {3 * needed} in all")
+    return (f"too few normal images: {images} to set it by, so that {1 / (images + 1):.0%} of new "
+            f"ones may exceed it; {fpr:.0%} needs at least {needed}, of {3 * needed} in all "
+            f"(--model nearest: of {needed})")
 
 
 def auroc(scores, labels):
