@@ -125,8 +125,8 @@ def turned(images, angle):
     cos, sin = math.cos(angle), math.sin(angle)
     turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
     grid = F.affine_grid(turn, images.shape, align_corners=False)
-    turned = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    return turned.round().byte()
+    y = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    return y.round().byte()
 
 
 class NearestToken(nn.Module):
