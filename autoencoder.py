@@ -125,8 +125,8 @@ def turned(images, angle):
     cos, sin = math.cos(angle), math.sin(angle)
     turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
     grid = F.affine_grid(turn, images.shape, align_corners=False)
-    turned = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    return turned.round().byte()
+    y = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    return y.round().byte()
 
 
 class NearestToken(nn.Module):
@@ -263,8 +263,9 @@ def promise(images, fpr):
     needed = math.ceil(1 / fpr) - 1
     if images >= needed:
         return f"exceeded by about {fpr:.0%} of new normal images"
-    return (f"too few normal images: {images} set aside, so that {1 / (images + 1):.0%} of new "
-            f"ones may exceed it; {fpr:.0%} needs at least {needed}, of {3 * needed} in all")
+    return (f"too few normal images: {images} to set it by, so that {1 / (images + 1):.0%} of new "
+            f"ones may exceed it; {fpr:.0%} needs at least {needed}, of {3 * needed} in all "
+            f"(--model nearest: of {needed})")
 
 
 def auroc(scores, labels):

@@ -27,7 +27,7 @@ from autoencoder import (PCA, ConvAutoencoder, NearestToken, anomaly_maps, aupro
 from data import FOLDERS, list_images, load, read_image, resize, to_float, to_inputs
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
-VERSION = 3                                                 # of model.pt; raise it with a change
+VERSION = 4                                                 # of model.pt; raise it with a change
 SOLVED = ("pca", "nearest")                                 # not trained by a loss
 SCORES = ("sum", "mean", "max", "standardized")
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
@@ -42,16 +42,16 @@ def build_model(c, shape):
     channels, side, _ = shape
     name, depth = c["model"], c["depth"]
     if name == "ae":
-        return ConvAutoencoder(channels, depth, latent=c["latent"], kernel_size=c["kernel_size"],
-                               patches=c["patches"])
+        return ConvAutoencoder(channels, depth, c["width"], c["latent"], c["kernel_size"],
+                               c["patches"])
     if name == "pca":
         return PCA(channels, side, c["latent"])
     if name == "nearest":
         return NearestToken(channels, side, c["latent"] // c["turns"], c["turns"])
     if name in ("mlp", "cnn"):
-        return {"mlp": FeatureMLP, "cnn": FeatureCNN}[name](channels, layers=depth)
-    return UniAD(channels, side, layers=depth, neighbors=c["neighbors"], jitter=c["jitter"],
-                 query=c["query"])                          # the transformer, too
+        return {"mlp": FeatureMLP, "cnn": FeatureCNN}[name](channels, c["width"], depth)
+    return UniAD(channels, side, c["width"], layers=depth, neighbors=c["neighbors"],
+                 jitter=c["jitter"], dropout=c["dropout"], query=c["query"])    # transformer, too
 
 
 def sees_features(c):

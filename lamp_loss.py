@@ -156,17 +156,91 @@ class HeldLamp(nn.Module):
 
 # ---- training conditions (Sec. 3.1): optimizers, and what a step needs ----
 
-OPTIMIZERS = {                                              # (parameters, lr, weight decay) -> it
-    "sgd": lambda p, lr, wd: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=wd),
-    "rmsprop": lambda p, lr, wd: torch.optim.RMSprop(p, lr, weight_decay=wd),
-    "adam": lambda p, lr, wd: torch.optim.Adam(p, lr, weight_decay=wd, fused=True),
-    "adamw": lambda p, lr, wd: torch.optim.AdamW(p, lr, weight_decay=wd, fused=True),
+@torch.no_grad()
+def orthogonalize(g):
+    """U V^T of each g = U S V^T, (n, rows, columns), roughly: five steps of a Newton-Schulz
+    iteration, which take singular values above a hundredth of the norm |g| to .7 to 1.2."""
+    x = g if g.shape[1] <= g.shape[2] else g.mT             # the smaller product is computed
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):                                      # x <- 3.4445 x + polynomial x
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x if g.shape[1] <= g.shape[2] else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Keller Jordan 2024, github.com/KellerJordan/Muon): matrices move by orthogonal ones.
+
+        M <- .95 M + .05 G
+        W <- W - lr (weight_decay W + sqrt(max(1, rows/columns)) orthogonalize(.95 M + .05 G))
+
+    for the weights W of the model's layers, G their gradient: convolutions as (out, in k k), and
+    those named "qkv" as three. All else (queries, positions, norms, biases, and what is named
+    "project": the maps into and out of the layers) takes Adam's step, at lr / 20.
+    """
+
+    def __init__(self, model, lr, weight_decay):
+        kinds = {"one": [], "three": [], "other": []}
+        for name, p in model.named_parameters():
+            matrix = name.endswith("weight") and p.dim() > 1 and "project" not in name
+            kinds["other" if not matrix else "three" if "qkv" in name else "one"].append(p)
+        groups = [dict(params=kinds["one"], matrices=1, lr_ratio=1.0),
+                  dict(params=kinds["three"], matrices=3, lr_ratio=1.0),
+                  dict(params=kinds["other"], matrices=0, lr_ratio=1 / 20)]
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["matrices"]:
+                    self.move_matrix(p, **group)
+                else:
+                    self.move_like_adam(p, group["lr"])
+
+    def move_matrix(self, w, lr, weight_decay, matrices, **_):
+        momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
+        momentum.lerp_(w.grad, 0.05)
+        nesterov = w.grad.lerp(momentum, 0.95).flatten(1).unflatten(0, (matrices, -1))
+        factor = max(1, nesterov.shape[1] / nesterov.shape[2]) ** 0.5
+        w.mul_(1 - lr * weight_decay)
+        w.sub_(orthogonalize(nesterov).reshape(w.shape), alpha=lr * factor)
+
+    def move_like_adam(self, p, lr):
+        state = self.state[p]
+        if not state:
+            state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+        state["step"] += 1
+        state["mean"].lerp_(p.grad, 0.1)
+        state["square"].lerp_(p.grad.square(), 0.001)
+        mean = state["mean"] / (1 - 0.9 ** state["step"])
+        square = state["square"] / (1 - 0.999 ** state["step"])
+        p.addcdiv_(mean, square.sqrt() + 1e-8, value=-lr)
+
+
+OPTIMIZERS = {                                              # (model, lr, weight decay) -> it
+    "sgd": lambda m, lr, wd: torch.optim.SGD(m.parameters(), lr, momentum=0.9, weight_decay=wd),
+    "rmsprop": lambda m, lr, wd: torch.optim.RMSprop(m.parameters(), lr, weight_decay=wd),
+    "adam": lambda m, lr, wd: torch.optim.Adam(m.parameters(), lr, weight_decay=wd, fused=True),
+    "adamw": lambda m, lr, wd: torch.optim.AdamW(m.parameters(), lr, weight_decay=wd, fused=True),
+    "muon": Muon,
 }
 SCHEDULES = {                                               # progress in [0, 1) -> factor of lr
     "constant": lambda t: 1.0,
     "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     "step": lambda t: 1.0 if t < 0.8 else 0.1,              # UniAD: epoch 800 of 1000
+    "warmup-cosine": lambda t: min(1.0, 0.1 + 18 * t) * 0.5 * (1 + math.cos(math.pi * t)),
 }
+
+
+def settle(c, images):
+    """Fill in what the number of images decides: `epochs`, from the model's `steps`, and so on."""
+    if c["epochs"] is None:
+        a_pass = math.ceil(images / max(1, c["batch_size"]))
+        c["epochs"] = math.ceil(c["steps"] / a_pass)
+    if c["eval_every"] is None:
+        c["eval_every"] = max(1, c["epochs"] // 10)
 
 
 def draw_batches(n, size, generator, smallest):
@@ -180,18 +254,20 @@ def draw_batches(n, size, generator, smallest):
     return batches
 
 
-def take_step(model, optim, loss, rate, clip, where):
-    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit)."""
+def take_step(model, optim, loss, rate, clip, amp, where):
+    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit); amp: the
+    optimizer's own products (Muon's) in bfloat16."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
                                  f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
     for group in optim.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
     optim.zero_grad()
     loss.backward()
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optim.step()
+    with torch.autocast(loss.device.type, torch.bfloat16, enabled=amp):
+        optim.step()
 
 
 def snapshot(optim, order, history):

@@ -41,7 +41,8 @@ import train
 import uniad
 from autoencoder import (PCA, ConvAutoencoder, NearestToken, from_patches, reestimate_batch_norm,
                          to_patches, turned)
-from lamp_loss import BASE_LOSSES, HeldLamp, ReconstructionLoss, lamp, scale, ssim
+from lamp_loss import (BASE_LOSSES, OPTIMIZERS, SCHEDULES, HeldLamp, ReconstructionLoss, lamp,
+                       orthogonalize, scale, ssim, take_step)
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, jitter, neighbor_mask
 
 HERE = Path(__file__).resolve().parent
@@ -223,7 +224,7 @@ def test_nearest_tokens_are_those_of_all_normals_and_copies_but_the_image_itself
         f_hat = model(image[None])[0]
         others = [n for n in normals if not torch.equal(n[0], image)]
         for i, j in itertools.product(range(4), range(4)):
-            bank = [n[t, :, k, m] for n in others for t in (0, 1) for k in range(4) for m in range(4)]
+            bank = [token for n in others for copy in n for token in copy.flatten(1).T]
             bank.sort(key=lambda token: float((token - image[:, i, j]).norm()))
             close(f_hat[:, i, j], sum(bank[:3]) / 3)
 
@@ -752,7 +753,7 @@ def test_a_last_batch_too_small_for_batch_norm_joins_the_one_before():
 
 
 @pytest.mark.parametrize("options", (f"{TINY} --lamp", f"{TINY} --amp --optimizer rmsprop",
-                                     UNIAD, f"{UNIAD} --depth 2 --amp --query first"))
+                                     UNIAD, f"{UNIAD} --amp --dropout 0.1 --optimizer adamw"))
 def test_resumed_training_equals_uninterrupted_training_to_the_last_bit(options):
     make_folder()
     for rest in ("--epochs 2 --out whole", "--epochs 2 --out again --eval-every 0",
@@ -840,7 +841,7 @@ def test_nearest_tokens_take_their_threshold_from_all_normals_each_left_out_in_t
     _, inputs, backbone = ev.open_data(state["config"], "cpu", state)
     assert len(inputs.train) == 20 and not len(inputs.held)
     copies = [turned(inputs.images, 2 * math.pi * turn / turns) for turn in range(turns)]
-    features = torch.stack([backbone(data.to_float(copy)) for copy in copies], 1)   # (N, turns, C, g, g)
+    features = torch.stack([backbone(data.to_float(copy)) for copy in copies], 1)
     normals = features.flatten(3).mT                                    # (N, turns, g g, C)
     grid = []
     for i, tokens in enumerate(normals[:, 0]):
@@ -859,7 +860,7 @@ def test_turned_copies_are_kept_where_things_lie_anyhow_and_resuming_keeps_the_c
         turn = i * 45 if lying == "anyhow" else 0
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).rotate(turn).save(path)
     text = call(train.main, f"{FEATURES} --model nearest --latent 99")
-    assert f"things {'all lie' if turns == 1 else 'lie'} {lying}" in text
+    assert f": things {'all lie' if turns == 1 else 'lie'} {lying}" in text
     kept = ev.load_run("run")[0]["config"]
     assert (kept["turns"], kept["latent"]) == (turns, 20 if turns == 1 else 12 * 8)
     before = metrics("run")
@@ -951,7 +952,7 @@ def train_share(rank, folder):
     torch.manual_seed(0)
     model, f = UniAD(6, 4, 8, 2, 1, 8, neighbors=3, jitter=0, dropout=0), torch.randn(12, 6, 4, 4)
     criterion = ReconstructionLoss("l2", lamp=True, over="image")   # "batch": a process's share
-    train.fit(model, f, criterion, epochs=3, batch_size=5, clip=0.1)
+    train.fit(model, f, criterion, epochs=3, batch_size=5, clip=0.1, optimizer="muon", lr=0.02)
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
 
 
@@ -971,6 +972,51 @@ def test_an_output_folder_that_holds_a_run_says_so_and_names_the_ways_on():
     assert "--lamp False (now True)" in call(train.main, f"{command} --lamp --resume", 2)
     for way in ("--resume", "--overwrite"):
         call(train.main, f"{command} {way}")
+
+
+@pytest.mark.parametrize("shape", ((2, 24, 8), (1, 8, 24), (3, 16, 16)))
+def test_muon_s_matrix_has_the_gradient_s_singular_vectors_and_nearly_equal_singular_values(shape):
+    g = torch.randn(shape, dtype=torch.double)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    values = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values ** 3 + 2.0315 * values ** 5
+    close(orthogonalize(g), u @ torch.diag_embed(values) @ vh, 1e-9)
+    kept = values[s > 0.01 * s.norm(dim=1, keepdim=True)]
+    assert len(kept) > 20 * shape[0] / 3 and ((kept > 0.65) & (kept < 1.25)).all()
+
+
+@pytest.mark.parametrize("make,inside", (
+    (lambda: UniAD(6, 4, 8, 2, 1, 16, neighbors=3), r"(en|de)coder.*(qkv|out|mlp.\d)\.weight"),
+    (lambda: FeatureCNN(6, 4, 3), r".*weight"), (lambda: FeatureMLP(6, 4, 3), r".*weight")))
+def test_muon_moves_matrices_by_orthogonal_ones_and_the_rest_by_adam_at_a_twentieth(make, inside):
+    model, bare = make(), make()
+    bare.load_state_dict(model.state_dict())
+    muon, named = OPTIMIZERS["muon"](model, 1.0, 0.1), dict(bare.named_parameters())
+    matrices = [name for name in named if re.fullmatch(inside, name) and named[name].dim() > 1]
+    momenta = {name: torch.zeros_like(named[name]) for name in matrices}
+    adam = torch.optim.Adam([named[name] for name in named if name not in matrices], 0.04 / 20)
+    for _ in range(3):
+        grads = {name: torch.randn_like(p) for name, p in named.items()}
+        loss = sum((p * grads[name]).sum() for name, p in model.named_parameters())
+        take_step(model, muon, loss, 0.04, 0, False, "")
+        for name, p in named.items():
+            p.grad = None if name in matrices else grads[name]
+        adam.step()
+        for name in matrices:
+            w, momenta[name] = named[name].data, 0.95 * momenta[name] + 0.05 * grads[name]
+            nesterov = (0.95 * momenta[name] + 0.05 * grads[name]).flatten(1)
+            parts = nesterov.chunk(3 if "qkv" in name else 1)
+            ways = [orthogonalize(m[None])[0] * max(1, len(m) / m.shape[1]) ** 0.5 for m in parts]
+            w.copy_(w * (1 - 0.04 * 0.1) - 0.04 * torch.cat(ways).view_as(w))
+    for name, p in model.named_parameters():
+        close(p, named[name], 1e-4)
+
+
+def test_the_warm_up_takes_a_twentieth_of_the_steps_and_a_cosine_ends_at_zero():
+    factors = [SCHEDULES["warmup-cosine"](t) for t in (0, 0.025, 0.05, 0.5, 1)]
+    close(torch.tensor(factors[:2]), torch.tensor([0.1, 0.55]), 0.01)
+    assert factors[2] > 0.99 and factors[3] == pytest.approx(0.5) and factors[4] == 0
 
 
 # ---- landscape.py ----

@@ -1,4 +1,4 @@
-"""Train: one loop for every model here, and the command that wires everything together.
+r"""Train: one loop for every model here, and the command that wires everything together.
 
     python train.py                                         # digits, ten seconds, no download
     python train.py --dataset mnist --normal 3 --loss l2 --lamp
@@ -6,12 +6,15 @@
 The LAMP paper in one line: train on one class with an amplified loss, judge by the L2 error. `fit`
 steps on Eq. 1's sum divided by C H W, a constant, so that one learning rate and one clip hold at
 every image size. On one CPU a command repeats to the last bit.
+
+The models of features train by Muon, in minutes. The protocol of UniAD's authors, for GPUs, is
+    python train.py --dataset mvtec --model uniad --no-standardize --jitter 20 --dropout .1 \
+        --optimizer adamw --lr 1e-4 --schedule step --clip .1 --batch-size 64 --epochs 1000
 """
 import argparse
 import functools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -28,29 +31,31 @@ import evaluate as ev
 from autoencoder import NearestToken, reestimate_batch_norm, turned
 from data import DATASETS, FOLDERS, cached_features, to_float
 from lamp_loss import (BASE_LOSSES, OPTIMIZERS, SCHEDULES, ReconstructionLoss, draw_batches,
-                       print_epoch, processes, record_epoch, restore, share_of, snapshot,
+                       print_epoch, processes, record_epoch, restore, settle, share_of, snapshot,
                        start_process, take_step, write_checkpoint)
 from uniad import Backbone
 
-B4, YES_NO = "efficientnet_b4", argparse.BooleanOptionalAction
+B4, WARM, YES_NO = "efficientnet_b4", "warmup-cosine", argparse.BooleanOptionalAction
 MODELS = ("ae", "pca", "nearest", "uniad", "transformer", "cnn", "mlp")
 DEFAULTS = {                                                # all that depend on the model
-    #                ae        pca       nearest   uniad        transformer cnn      mlp
-    "backbone":     ("none",   "none",   B4,       B4,          B4,         B4,      B4),
-    "image_size":   (32,       32,       224,      224,         224,        224,     224),
-    "depth":        (4,        1,        1,        4,           4,          6,       5),
-    "latent":       (8,        8,        400,      0,           0,          0,       0),
-    "steps":        (1400,     0,        0,        1500,        1500,       1500,    1500),
-    "batch_size":   (32,       0,        0,        8,           8,          8,       8),
-    "lr":           (3e-3,     0.0,      0.0,      4e-4,        4e-4,       4e-4,    4e-4),
-    "optimizer":    ("adam",   "adam",   "adam",   "adamw",     "adamw",    "adamw", "adamw"),
-    "schedule":     ("cosine", "cosine", "cosine", "step",      "step",     "step",  "step"),
-    "weight_decay": (0.0,      0.0,      0.0,      1e-4,        1e-4,       1e-4,    1e-4),
-    "clip":         (0.0,      0.0,      0.0,      0.1,         0.1,        0.1,     0.1),
-    "neighbors":    (0,        0,        0,        7,           0,          0,       0),
-    "jitter":       (0.0,      0.0,      0.0,      20.0,        0.0,        0.0,     0.0),
-    "query":        ("none",   "none",   "none",   "layerwise", "first",    "none",  "none"),
-    "score":        ("sum",    "sum",    "mean",   "mean",      "mean",     "mean",  "mean"),
+    #                ae        pca       nearest   uniad        transformer  cnn     mlp
+    "backbone":     ("none",   "none",   B4,       B4,          B4,          B4,     B4),
+    "image_size":   (32,       32,       224,      224,         224,         224,    224),
+    "depth":        (4,        1,        1,        4,           4,           6,      5),
+    "width":        (16,       0,        0,        256,         256,         128,    1520),
+    "latent":       (8,        8,        800,      0,           0,           0,      0),
+    "steps":        (1400,     0,        0,        1500,        1500,        500,    500),
+    "batch_size":   (32,       0,        0,        8,           8,           8,      8),
+    "lr":           (3e-3,     0.0,      0.0,      0.02,        0.02,        0.02,   0.02),
+    "optimizer":    ("adam",   "adam",   "adam",   "muon",      "muon",      "muon", "muon"),
+    "schedule":     ("cosine", "cosine", "cosine", WARM,        WARM,        WARM,   WARM),
+    "weight_decay": (0.0,      0.0,      0.0,      1e-4,        1e-4,        1e-4,   1e-4),
+    "clip":         (0.0,      0.0,      0.0,      0.0,         0.0,         0.0,    0.0),
+    "neighbors":    (0,        0,        0,        7,           0,           0,      0),
+    "jitter":       (0.0,      0.0,      0.0,      5.0,         0.0,         0.0,    0.0),
+    "dropout":      (0.0,      0.0,      0.0,      0.0,         0.0,         0.0,    0.0),
+    "query":        ("none",   "none",   "none",   "layerwise", "first",     "none", "none"),
+    "score":        ("sum",    "sum",    "mean",   "mean",      "mean",      "mean", "mean"),
 }
 ON_FOLDERS = {model: dict(score="standardized") for model in MODELS}        # there, these instead
 ON_FOLDERS["ae"] |= dict(image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3)
@@ -74,7 +79,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
     order = torch.Generator().manual_seed(seed)
     model.to(memory_format=torch.channels_last)             # twice as fast to convolve on a CPU
     network = nn.parallel.DistributedDataParallel(model) if count > 1 else model
-    optim = OPTIMIZERS[optimizer](model.parameters(), lr, weight_decay)
+    optim = OPTIMIZERS[optimizer](model, lr, weight_decay)
     history = restore(resume, optim, order) if resume else []
 
     for epoch in range(len(history) + 1, epochs + 1):
@@ -89,7 +94,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
                 x_hat = network(x)
             loss = criterion(x_hat.float(), target)
             rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
-            take_step(model, optim, loss / target[0].numel() * weight, rate, clip,
+            take_step(model, optim, loss / target[0].numel() * weight, rate, clip, amp,
                       f"epoch {epoch}, step {step + 1}")
             both = torch.stack([loss.detach(), getattr(criterion, "base_error", loss.detach())])
             means += both.cpu() / target[0].numel() * (len(mine) / len(inputs))
@@ -138,18 +143,20 @@ def first_options(add):
 def other_options(add):
     add("--image-size", type=int, help="side in pixels")
     add("--depth", type=int, help="layers; ae: on each side")
+    add("--width", type=int, help="channels of the hidden layers; ae: of the first one")
     add("--latent", type=int, help="ae: channels of the code; pca: components; nearest: images")
     add("--kernel-size", type=int, default=3, help="ae: odd (default: 3)")
     add("--patches", type=int, default=1, help="ae: n x n patches apart (default: 1)")
     add("--turns", type=int, default=0, help="nearest: positions of an image; 0: 8 if these help")
     add("--neighbors", type=int, help="side of UniAD's mask, 0 for none")
     add("--jitter", type=float, help="scale of UniAD's feature jitter, 0 for none")
+    add("--dropout", type=float, help="of UniAD and the transformer, 0 for none")
     add("--query", choices=("layerwise", "first", "none"), help="UniAD's learned queries")
     add("--backbone-weights", default="imagenet", help="imagenet, random, or a file (state dict)")
     add("--standardize", action=YES_NO, default=True, help="features, channel by channel")
     add("--batch-size", type=int, help="images a step")
     add("--lr", type=float, help="learning rate")
-    add("--optimizer", choices=OPTIMIZERS, help="SGD has momentum .9")
+    add("--optimizer", choices=OPTIMIZERS, help="SGD has momentum .9; muon: lamp_loss.Muon")
     add("--schedule", choices=SCHEDULES, help="of the learning rate")
     add("--weight-decay", type=float, help="of the optimizer")
     add("--clip", type=float, help="largest gradient norm, 0 for any")
@@ -190,12 +197,13 @@ def check(c):
     """Raise ValueError where options are out of range or exclude each other."""
     model, solved, grid = c["model"], c["model"] in ev.SOLVED, c["image_size"] // 16
     positive = {"image_size", "depth", "patches", "fpr"}
-    positive |= set() if solved else {"epochs", "batch_size", "lr"}
+    positive |= set() if solved else {"epochs", "batch_size", "lr", "width"}
     for key, value in c.items():
-        numeric, top = isinstance(value, (int, float)), 1 if key == "fpr" else 2 ** 63
+        below_one = key in ("fpr", "dropout")
+        numeric, top = isinstance(value, (int, float)), 1 if below_one else 2 ** 63
         if numeric and not (0 <= value < top and (value or key not in positive)):   # NaN: no, too
             raise ValueError(f"--{key.replace('_', '-')} {value}: expected a number above 0"
-                             f"{' and below 1' if key == 'fpr' else ''}")
+                             f"{' and below 1' if below_one else ''}")
     if c["resume"] and c["overwrite"]:
         raise ValueError("--resume goes on with the run, --overwrite replaces it: give one of them")
     if solved and (c["lamp"] or c["epochs"] or c["batch_size"]):
@@ -204,20 +212,13 @@ def check(c):
     if (c["backbone"] == "none") != (model == "ae") and model != "pca":
         raise ValueError(f"--model {model} --backbone {c['backbone']}: ae sees the image (none), "
                          "pca it or features, the others features: leave out --backbone")
+    if model in ("uniad", "transformer") and c["width"] % 8:
+        raise ValueError(f"--width {c['width']}: 8 heads share it, so use a multiple of 8")
     if c["neighbors"] and c["neighbors"] // 2 >= grid // 2:
         raise ValueError(f"--neighbors {c['neighbors']} hides the whole grid of {grid}x{grid} "
                          "tokens from some of them: lower it, or raise --image-size")
     if c["loss"] == "ssim" and c["backbone"] != "none":
         raise ValueError("--loss ssim compares images in [0, 1]; with CNN features use l1 or l2")
-
-
-def settle(c, images):
-    """Fill in what the number of images decides: `epochs`, from the model's `steps`, and so on."""
-    if c["epochs"] is None:
-        a_pass = math.ceil(images / max(1, c["batch_size"]))
-        c["epochs"] = math.ceil(c["steps"] / a_pass)
-    if c["eval_every"] is None:
-        c["eval_every"] = max(1, c["epochs"] // 10)
 
 
 # ---- a run ----
@@ -249,10 +250,11 @@ def open_folder(c):
     return state
 
 
-def bank_features(inputs, backbone, images, turns):
-    """At most so many of the normals as the model sees them, drawn, but always the same, each with
-    its copies turned by 360 / turns degrees, itself the first: (N, turns, C, g, g)."""
-    drawn = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(0))[:images]
+def bank_features(c, inputs, backbone, turns):
+    """What a bank of c["latent"] images holds: normals as the model sees them, drawn, always the
+    same, each with its copies turned by 360 / turns degrees, itself first: (N, turns, C, g, g)."""
+    order = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(0))
+    drawn = order[:max(1, c["latent"] // turns)]
     features = [inputs.train[drawn]]
     for turn in range(1, turns):
         copies = turned(inputs.images[drawn], 2 * math.pi * turn / turns)
@@ -265,16 +267,16 @@ def settle_bank(c, inputs, backbone):
     """Fill in `latent`, what the bank holds, and `turns` where it is 0. On folders: 8 where copies
     lower the normals' squared error by more than 10 %, each image left out in turn (of 30)."""
     if c["turns"] == 0 and c["dataset"] in FOLDERS:
-        features, errors = bank_features(inputs, backbone, 30, 8), []       # (N, 8, C, g, g)
+        errors = []
         for turns in (1, 8):
-            model = NearestToken(*features.shape[2:4], len(features), turns).to(features.device)
-            model.solve(features[:, :turns])
-            errors.append(float(ev.error_maps(model, features[:, 0]).square().mean()))
+            bank = bank_features(c, inputs, backbone, turns)
+            model = NearestToken(*bank.shape[2:4], len(bank), turns).to(bank.device)
+            model.solve(bank)
+            errors.append(float(ev.error_maps(model, bank[:30, 0]).square().mean()))
         fall = 1 - errors[1] / errors[0] if errors[0] else 0.0
         c["turns"] = 8 if fall > 0.1 else 1
-        found = "lie anyhow; copies kept" if c["turns"] == 8 else "all lie alike; copies not kept"
-        print(f"8 turned copies of each image lower the error of the others by {fall:.0%}: these "
-              f"things {found}")
+        found = "lie anyhow; copies kept" if fall > 0.1 else "all lie alike; copies not kept"
+        print(f"8 turned copies of each lower the others' error by {fall:.0%}: things {found}")
     c["turns"] = c["turns"] or 1
     c["latent"] = c["turns"] * min(len(inputs.train), max(1, c["latent"] // c["turns"]))
 
@@ -355,7 +357,7 @@ def run(c, command, criterion=None):
     elif c["model"] == "pca":
         model.solve(inputs.prepare(inputs.train.to(device)))
     elif c["model"] == "nearest":
-        model.solve(bank_features(inputs, backbone, c["latent"] // c["turns"], c["turns"]))
+        model.solve(bank_features(c, inputs, backbone, c["turns"]))
     fixed = {"version": ev.VERSION, "config": c, "shape": shape, "white": data.white,
              "image": list(data.train.shape[1:]), "keys": (inputs.train_keys, inputs.held_keys),
              "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}

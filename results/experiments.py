@@ -26,10 +26,10 @@ FEATURES = dict(
     dataset="mvtec", normal="all", validate=False, image_size=224, backbone="efficientnet_lite2",
     backbone_weights="imagenet", standardize=True, loss="l2", lamp=False, optimizer="adamw",
     lr=4e-4, schedule="step", weight_decay=1e-4, clip=0.1, batch_size=8, epochs=10, amp=True,
-    score="max", seed=0, eval_every=0)
+    dropout=0.1, score="max", seed=0, eval_every=0)
 UNIAD = dict(FEATURES, model="uniad", depth=4, neighbors=7, jitter=20.0, query="layerwise")
 MLP = dict(FEATURES, model="mlp", depth=5, neighbors=0, jitter=0.0, query="none")
-CNN = dict(MLP, model="cnn", depth=6)
+CNN = dict(MLP, model="cnn", depth=6, width=400)
 TRANSFORMER = dict(MLP, model="transformer", depth=4, query="first")
 DIGITS = "0123456789"
 CATEGORIES = ("bottle", "capsule", "transistor")
