@@ -1,0 +1,291 @@
+"""What the pages say: the experiments' CSV files, tables and figures, and both READMEs.
+
+    python -m pytest results          from the repository's folder; each table is made anew
+"""
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(RESULTS.parent), str(RESULTS)]
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+
+import data
+import evaluate as ev
+import experiments
+import figures
+import landscape
+import pairs
+import sweep
+import tables
+import train
+import uniad
+from autoencoder import ConvAutoencoder
+from lamp_loss import lamp
+from test_all import call, close, images, make_folder, seeded_and_in_an_empty_folder
+from uniad import Backbone, UniAD
+
+README = (RESULTS.parent / "README.md").read_text() + (RESULTS / "README.md").read_text()
+
+
+# ---- the runs, and the CSV files ----
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_each_csv_holds_the_runs_of_its_experiment_with_the_options_that_train_py_takes(name):
+    runs, path = list(experiments.EXPERIMENTS[name]()), RESULTS / f"{name}.csv"
+    columns = sweep.columns_of(runs)
+    shared = dict(word.split("=", 1) for word in path.read_text().splitlines()[0].split()[1:])
+    rows = sweep.read_csv(path)[1]
+    keys = [(*sweep.key_of(row, columns), row["epoch"], row["category"]) for row in rows]
+    assert len({*keys}) == len(keys)
+    assert {key[:-2] for key in keys} == {sweep.key_of(options, columns) for options in runs}
+    kinds = {str({**options, "normal": 0, "seed": 0}): options for options in runs}
+    for options in kinds.values():                          # parsing every run takes seconds
+        config = train.parse(experiments.argv_of(options))[1]
+        for key in {*options} - {"log"}:
+            assert config[key] == options[key]
+            assert key in (*columns, "eval_every") or shared[key] == str(options[key])
+
+
+def test_a_run_s_rows_are_those_of_its_run_json_with_pull_and_spread():
+    folder = str(make_folder())
+    options = dict(dataset="folder", data_dir=folder, model="pca", image_size=32, seed=0)
+    whole, *parts = sweep.make_run("table1", {**options, "latent": 3}, "run", [])[0]
+    m = json.loads(Path("run/run.json").read_text())["metrics"]
+    assert whole["image_auroc"] == m["image_auroc"] and whole["pull"] and whole["spread"]
+    assert [row["category"] for row in parts] == ["bolt", "nut 3"]
+    assert all(row.items() >= m["categories"][row["category"]].items() for row in parts)
+    with pytest.raises(RuntimeError, match="SystemExit: 2 .see lost/log.txt"):
+        sweep.make_run("table1", {**options, "latent": -1}, "lost", [])
+
+
+EIGHT_RUNS = f"""
+import sys, time
+sys.path.insert(0, {str(RESULTS)!r})
+import sweep
+
+def make_run(name, options, out, argv):
+    time.sleep(0.3)
+    if options["seed"] == 1:
+        raise RuntimeError("no good")
+    metrics = dict(image_auroc=0.5 + options["seed"] / 16, categories=dict(zero=dict()))
+    return sweep.rows_of(dict(history=[], metrics=metrics, seconds=0.2)), "made_with=this"
+
+sweep.EXPERIMENTS["eight"] = lambda: [dict(normal="0", seed=seed) for seed in range(8)]
+sweep.make_run, sweep.RESULTS = make_run, sweep.Path.cwd()
+if __name__ == "__main__":
+    sweep.main(["eight", *sys.argv[1:]])
+"""
+
+
+def test_a_sweep_goes_on_after_kill_9_and_ctrl_c_without_a_row_twice_or_lost():
+    Path("eight.py").write_text(EIGHT_RUNS)
+    command, held = [sys.executable, "eight.py", "--processes", "2"], []
+    for sent, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        with subprocess.Popen(command, stdout=-1, text=True) as process:
+            next(line for line in process.stdout if line.startswith("3 of"))
+            process.send_signal(sent)
+            assert process.wait(9) == status
+        held.append(Path("eight.csv").read_text())
+    last = subprocess.run(command, capture_output=True, text=True)
+    assert last.returncode == 2 and "seed=1  FAILED: no good" in last.stdout
+    whole = Path("eight.csv").read_text()
+    assert held[0] < held[1] < whole and whole.startswith(held[0]) and whole.startswith(held[1])
+    assert sorted(line[0] for line in whole.splitlines()[2:]) == [*"0234567"]
+    again = subprocess.run([*command, "--only", "seed=3"], capture_output=True, text=True)
+    assert re.search(r"image_auroc +0.6875 +0.6875 +\+0", again.stdout)
+    assert Path("eight.csv").read_text() == whole
+
+
+def test_without_its_logarithm_lamp_is_eq_2_alone():
+    y_hat, y = torch.rand(2, 4, 1, 8, 8)
+    criterion = experiments.WithoutLogarithm(0.1, "image", True)
+    close(criterion(y_hat, y), (1 - torch.exp(-lamp((y_hat - y) ** 2, 0.1, "image"))).sum() / 4)
+    close(criterion.base_error, ((y_hat - y) ** 2).sum() / 4)
+
+
+def test_pull_is_toward_the_nearest_training_image_and_spread_a_ratio_of_variances():
+    normals, test, halve = images(5), images(12), nn.Conv2d(1, 1, 1, bias=False)
+    halve.weight.data.fill_(0.5)
+    y, normal = (x.flatten(1) / 255 for x in (test[:7], normals))
+    near = [min(((v - n) ** 2).sum() for n in normal) for v in (*y, *(y / 2))]
+    inputs = data.Inputs(normals, None, None, None, test, data.to_float, None, None, None)
+    found = experiments.pull_and_spread(halve, inputs, torch.tensor([1] * 7 + [0] * 5))
+    close(found["pull"], np.mean([near[7 + i] / near[i] for i in range(7)]), 1e-4)
+    close(found["spread"], 0.25)
+
+
+# ---- tables and figures ----
+
+def write_results(rows, monkeypatch):
+    """Rows of equal keys as the CSV of an experiment x, the only one that tables.py sees."""
+    monkeypatch.setattr(pairs, "RESULTS", Path().resolve())
+    lines = [rows[0], *(row.values() for row in rows)]
+    Path("x.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+
+
+def test_a_table_pairs_the_means_over_seeds_category_by_category(monkeypatch):
+    values = {("3", False): (0.5, 0.7), ("5", False): (0.6, 0.6), ("8", False): (0.4, 0.6),
+              ("3", True): (0.9, 0.9), ("5", True): (0.5, 0.7), ("8", True): (0.6, 0.8)}
+    write_results([
+        dict(normal=normal, category=normal, lamp=amplified, loss="l1", epochs=2, seed=seed,
+             eps=amplified or "", epoch=epoch, base_error=1, image_auroc=pair[seed] * epoch / 2)
+        for (normal, amplified), pair in values.items() for seed in (0, 1) for epoch in (1, 2)],
+        monkeypatch)
+    for command, line in (
+            # differences of the means: .3, 0, .2; t(.975, 2) = 4.3027
+            ("eps", "True | 0.5667 ± 0.1434 | 0.7333 ± 0.3795 | +0.1667 ± 0.3795 | 2 of 3 | 0.500"),
+            # over the seeds: without .5 and .6333, with .6667 and .8; t(.975, 1) = 12.7062
+            ("loss --over seeds",
+             "l1 | 0.5667 ± 0.8471 | 0.7333 ± 0.8471 | +0.1667 ± 0.0000 | 2 of 2 | 0.500"),
+            ("epoch --picture z.png", "1 | 0.2833 ± 0.0717 | 0.3667 ± 0.1897 | +0.0833"),
+            ("loss --where normal=3,seed=0", "l1 | 0.5000 | 0.9000 | +0.4000 | 1 of 1 |  |")):
+        assert line in call(tables.main, f"x --rows {command}").splitlines()[2], command
+    assert Path("z.png").exists()
+    for wrong, words in (("y", "there are x"), ("x --rows lr", "no option lr"),
+                         ("x --where lr=1", "no lr"), ("x --where seed=9", "no run")):
+        assert words in call(tables.main, wrong, 2)
+
+
+def test_the_best_setting_is_that_of_the_category_itself_or_of_the_others(monkeypatch):
+    values = {("sgd", "a"): 0.9, ("sgd", "b"): 0.5, ("sgd", "c"): 0.6,
+              ("adam", "a"): 0.7, ("adam", "b"): 0.8, ("adam", "c"): 0.4}
+    write_results([dict(normal=name, category=name, optimizer=optimizer, epoch=0, image_auroc=value,
+                        seed=0) for (optimizer, name), value in values.items()], monkeypatch)
+    # on the others: a by b and c (.55 and .6) takes adam, b by a and c sgd, c by a and b adam
+    for chosen_on, cells in (("itself", (0.9, 0.8, 0.6)), ("others", (0.7, 0.5, 0.4))):
+        lines = call(tables.main, f"x --best-of optimizer --chosen-on {chosen_on}").splitlines()
+        assert lines[2:] == [*(f"| {c} | {v:.4f} |" for c, v in zip("abc", cells)),
+                             f"| mean | {pairs.mean_and_interval(cells)} |"]
+    alone = "x --where normal=a --best-of optimizer --chosen-on others"
+    assert "no other category" in call(tables.main, alone, 2)
+
+
+def test_tables_load_no_torch():
+    command = "import sys, tables; assert not {'torch', 'train', 'evaluate'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", command], cwd=RESULTS, check=True)
+
+
+def test_figures_draw_what_each_run_makes_of_the_same_images_and_its_history(monkeypatch):
+    drawn, save = [], Figure.savefig
+
+    def keep_and_save(figure, *arguments, **options):
+        drawn.append(figure)
+        save(figure, *arguments, **options)
+    monkeypatch.setattr(Figure, "savefig", keep_and_save)
+    for options in ("a", "b --lamp", "c --validate"):
+        call(train.main, f"--depth 2 --epochs 1 --threads 1 --no-pictures --out {options}")
+    assert "c has other test images than a" in call(figures.main, "examples z.jpg a c", 2)
+    call(figures.main, "examples z.jpg a b")
+    call(figures.main, "curves z.png a b")
+    shown, curves = drawn
+    rows = [np.stack([axis.images[0].get_array() for axis in shown.axes[start:start + 8]])
+            for start in range(0, 40, 8)]                   # images, two of each run: (8, 32, 32)
+    y = torch.tensor(rows[0])[..., 0][:, None].float()
+    for run, (y_hat, error) in zip("ab", (rows[1:3], rows[3:5])):
+        close(y_hat[..., 0], ev.load_run(run)[1](y)[:, 0], 1e-5)
+        close(error, (y_hat[..., 0] - rows[0][..., 0]) ** 2, 1e-5)
+    for axis, key in zip(curves.axes, figures.CURVES):
+        for run, line in zip("ab", axis.lines, strict=True):
+            history = json.loads(Path(run, "run.json").read_text())["history"]
+            assert line.get_xydata().tolist() == [[h["epoch"], h[key]] for h in history]
+
+
+def test_landscapes_are_drawn_side_by_side_and_only_of_one_architecture():
+    for options in ("a", "b --lamp", "c --latent 3"):
+        call(train.main, f"--depth 2 --epochs 1 --threads 1 --no-pictures --out {options}")
+    call(landscape.main, "a b --grid 3 --images 64 --out z.png --threads 1")
+    assert Path("z.png").exists()
+    assert "another architecture" in call(landscape.main, "a c --grid 3 --images 64", 2)
+
+
+def test_a_model_is_1_times_as_steep_as_itself_and_as_steep_through_lamp_as_under_it(monkeypatch):
+    model, x = nn.Linear(3, 2), torch.rand(6, 3)
+    monkeypatch.setattr(landscape, "train_classifier", lambda *_: (model, x, torch.zeros(6, 2)))
+    args = landscape.parse("--steepness --grid 3".split())[1]
+    a, b, c = landscape.measure_steepness("classifier", 4, 0, args).splitlines()
+    assert c == "classifier,4,0,c" + 4 * ",1.0000" and a.replace(",a,", ",b,") == b
+
+
+# ---- the READMEs ----
+
+COMMANDS = re.findall(r"(?:^ {4}|`)(?:.*&& )?(python \w+\.py[^`#\n]*)", README, re.M)
+MODULES = {path.stem: sys.modules.get(path.stem) for path in RESULTS.parent.glob("*.py")}
+LOOPS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_each_table_is_what_its_command_prints_and_each_command_of_results_runs():
+    tables_shown = re.findall(r"(?s)<!-- python results/tables.py (.*?) -->\n(.*?)\n<!--", README)
+    assert len(tables_shown) > 30
+    for command, printed in tables_shown:
+        assert call(tables.main, command).strip() == printed.strip(), command
+    for command in re.findall(r"(?m)(?:^ {4}|`)python results/tables.py ([^`\n]*)", README):
+        call(tables.main, command.replace("figures/", ""))
+    swept = re.findall(r"(?m)^ {4}python results/sweep.py (\w+)", README)
+    assert {*swept} == {*experiments.EXPERIMENTS}
+
+
+def test_each_command_in_the_readme_is_understood():
+    assert len(COMMANDS) > 20
+    for command in COMMANDS:
+        name, *argv = shlex.split(command)[1:]
+        if name == "train.py" and "--help" not in argv:
+            train.parse(argv)
+        elif argv and name != "test_all.py":
+            known = call(MODULES[name[:-3]].main, "--help")
+            assert all(a in known for a in argv if a.startswith("--")), command
+
+
+def test_the_readme_s_first_command_and_those_on_one_s_own_images_run():
+    make_folder("bottle", root="my_images")
+    for name in ("new1.png", "new2.jpg"):
+        Image.new("RGB", (50, 40), (99, 99, 99)).save(name)
+    for command in dict.fromkeys(c.strip() for c in COMMANDS):
+        if command == "python train.py" or re.search("my_images|runs/mine|runs/digits", command):
+            name, *argv = shlex.split(command)[1:]
+            fast = "--epochs 2" if "--resume" in argv else "--epochs 1 --overwrite"
+            fast = f"{fast} --threads 1" if name == "train.py" else ""
+            call(MODULES[name[:-3]].main, f"{shlex.join(argv)} {fast}")
+
+
+def test_lamp_in_your_own_loop_runs_as_printed_and_prints_both_on_one_scale(capsys):
+    model, y = ConvAutoencoder(depth=2), torch.rand(4, 1, 16, 16)
+    error = (model(y) - y).square().detach()
+    model.apply(lambda m: m.reset_running_stats() if isinstance(m, nn.BatchNorm2d) else None)
+    exec(LOOPS[0], {"model": model, "batches": [y] * 3,
+                    "optimizer": torch.optim.Adam(model.parameters())})
+    first, _, last = capsys.readouterr().out.splitlines()
+    assert first == f"LAMP {lamp(error).mean():.5f}, L2 {error.mean():.5f}"
+    assert float(last.split()[-1]) < float(first.split()[-1])   # L2 falls
+
+
+def test_uniad_in_your_own_code_runs_as_printed_and_finds_the_anomaly_s_place(monkeypatch):
+    small = functools.partial(UniAD, dim=16, heads=2, layers=1, hidden=16)
+    monkeypatch.setattr(uniad, "Backbone", lambda name, size: Backbone("resnet18", "random", 128))
+    monkeypatch.setattr(uniad, "UniAD", small)
+    normals = 0.5 + 0.01 * torch.randn(12, 3, 128, 128)
+    shown = normals[:2].clone()
+    shown[1, :, 80:96, 16:32] = 0                               # token (5, 1) of an 8 x 8 grid
+    space = {"normals": normals, "images": shown, "range": lambda steps: range(steps // 20)}
+    exec(LOOPS[1], space)
+    assert space["error"].shape == (2, 8, 8) and space["error"][1].argmax() == 5 * 8 + 1
+    assert space["error"][1].max() > 2 * space["error"][0].max()
+
+
+def test_each_name_in_the_readme_s_map_of_the_papers_exists():
+    names = re.findall(rf"`({'|'.join(MODULES)})\.(?!py`)(\w+)`", README)
+    assert len(names) > 15
+    for module, name in names:
+        assert hasattr(MODULES[module], name), f"{module}.{name}"
