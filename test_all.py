@@ -689,7 +689,7 @@ def test_turned_copies_are_kept_where_things_lie_anyhow_and_resuming_keeps_the_c
         turn = i * 45 if lying == "anyhow" else 0
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).rotate(turn).save(path)
     text = call(train.main, f"{FEATURES} --model nearest --latent 99")
-    assert f": things {'all lie' if turns == 1 else 'lie'} {lying}" in text
+    assert f"{'kept, as where' if turns == 8 else 'not kept:'} things lie {lying}" in text
     kept = ev.load_run("run")[0]["config"]
     assert (kept["turns"], kept["latent"]) == (turns, 20 if turns == 1 else 12 * 8)
     before = metrics("run")

@@ -275,8 +275,8 @@ def settle_bank(c, inputs, backbone):
             errors.append(float(ev.error_maps(model, bank[:30, 0]).square().mean()))
         fall = 1 - errors[1] / errors[0] if errors[0] else 0.0
         c["turns"] = 8 if fall > 0.1 else 1
-        found = "lie anyhow; copies kept" if fall > 0.1 else "all lie alike; copies not kept"
-        print(f"8 turned copies of each lower the others' error by {fall:.0%}: things {found}")
+        kept = "kept, as where things lie anyhow" if fall > 0.1 else "not kept: things lie alike"
+        print(f"8 turned copies of each image lower the error of the others by {fall:.0%}: {kept}")
     c["turns"] = c["turns"] or 1
     c["latent"] = c["turns"] * min(len(inputs.train), max(1, c["latent"] // c["turns"]))
 
