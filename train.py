@@ -190,6 +190,8 @@ def fill(given):
         c |= ON_FOLDERS[model]
     if given.get("backbone", "none") != "none":
         c["image_size"] = 224
+    if c["optimizer"] == "muon" != given.get("optimizer", "muon"):
+        c["lr"] /= 20                                       # Muon's own ratio, see there
     c |= given
     lamp = "-lamp" if c["lamp"] else ""
     name = f"{dataset}-{c['normal']}-{model}-{c['loss']}{lamp}-s{c['seed']}"
