@@ -181,13 +181,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, model, lr, weight_decay):
-        kinds = {"one": [], "three": [], "other": []}
+        by_matrices = {0: [], 1: [], 3: []}                 # how many a parameter holds
         for name, p in model.named_parameters():
-            matrix = name.endswith("weight") and p.dim() > 1 and "project" not in name
-            kinds["other" if not matrix else "three" if "qkv" in name else "one"].append(p)
-        groups = [dict(params=kinds["one"], matrices=1, lr_ratio=1.0),
-                  dict(params=kinds["three"], matrices=3, lr_ratio=1.0),
-                  dict(params=kinds["other"], matrices=0, lr_ratio=1 / 20)]
+            inside = name.endswith("weight") and p.dim() > 1 and "project" not in name
+            by_matrices[inside * (3 if "qkv" in name else 1)].append(p)
+        groups = [dict(params=parameters, matrices=count, lr_ratio=1.0 if count else 1 / 20)
+                  for count, parameters in by_matrices.items()]
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -200,8 +199,10 @@ class Muon(torch.optim.Optimizer):
                     self.move_like_adam(p, group["lr"])
 
     def move_matrix(self, w, lr, weight_decay, matrices, **_):
-        momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-        momentum.lerp_(w.grad, 0.05)
+        state = self.state[w]
+        if not state:
+            state.update(momentum=torch.zeros_like(w))
+        momentum = state["momentum"].lerp_(w.grad, 0.05)
         nesterov = w.grad.lerp(momentum, 0.95).flatten(1).unflatten(0, (matrices, -1))
         factor = max(1, nesterov.shape[1] / nesterov.shape[2]) ** 0.5
         w.mul_(1 - lr * weight_decay)

@@ -810,6 +810,7 @@ def test_the_warm_up_takes_a_twentieth_of_the_steps_and_a_cosine_ends_at_zero():
     factors = [SCHEDULES["warmup-cosine"](t) for t in (0, 0.025, 0.05, 0.5, 1)]
     close(torch.tensor(factors[:2]), torch.tensor([0.1, 0.55]), 0.01)
     assert factors[2] > 0.99 and factors[3] == pytest.approx(0.5) and factors[4] == 0
+    assert train.parse(["--model", "cnn", "--optimizer", "adamw"])[1]["lr"] == 0.02 / 20
 
 
 # ---- landscape.py ----

@@ -1,4 +1,4 @@
-r"""Train: one loop for every model here, and the command that wires everything together.
+"""Train: one loop for every model here, and the command that wires everything together.
 
     python train.py                                         # digits, ten seconds, no download
     python train.py --dataset mnist --normal 3 --loss l2 --lamp
@@ -6,10 +6,6 @@ r"""Train: one loop for every model here, and the command that wires everything 
 The LAMP paper in one line: train on one class with an amplified loss, judge by the L2 error. `fit`
 steps on Eq. 1's sum divided by C H W, a constant, so that one learning rate and one clip hold at
 every image size. On one CPU a command repeats to the last bit.
-
-The models of features train by Muon, in minutes. The protocol of UniAD's authors, for GPUs, is
-    python train.py --dataset mvtec --model uniad --no-standardize --jitter 20 --dropout .1 \
-        --optimizer adamw --lr 1e-4 --schedule step --clip .1 --batch-size 64 --epochs 1000
 """
 import argparse
 import functools
@@ -180,6 +176,8 @@ def fill(given):
         c |= ON_FOLDERS[model]
     if given.get("backbone", "none") != "none":
         c["image_size"] = 224
+    if c["optimizer"] == "muon" != given.get("optimizer", "muon"):
+        c["lr"] /= 20                                       # Muon's own ratio, see there
     c |= given
     lamp = "-lamp" if c["lamp"] else ""
     name = f"{dataset}-{c['normal']}-{model}-{c['loss']}{lamp}-s{c['seed']}"

@@ -23,6 +23,8 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD); of the metrics
   4. neighbor mask made once, attention in three lines: faster, equal to 1e-5 (test_all.py)
   5. CIFAR-10: all 10,000 test images, not a random subset that changes with the seed
   6. features rounded to float16, so that cached and uncached training agree
+  7. train.py's defaults, in minutes instead of days: Muon, no dropout, and jitter 5; 20 would add a
+     variance of 400/C, 1.5 a channel, to standardized features, of which .2 is left to learn
 """
 import torch
 import torch.nn.functional as F
