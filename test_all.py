@@ -369,7 +369,8 @@ def test_the_images_set_aside_are_known_by_their_content_and_copies_are_left_out
     later, text = inputs_of(torch.cat([images(5), x[10:].flip(0), x[10:20]]), saved)
     for now, before in zip((later.train_keys, later.held_keys), saved):
         assert {*now.tolist()} == {*before.tolist()} & here
-    assert re.search("10 training images are copies.*\n5 normal images are.*: 0.png, .*\n10.*gone", text)
+    assert re.search("10 training images are copies.*\n5 normal images are.*: 0.png, ", text)
+    assert re.search("10.*gone", text)
     refused("no image this run was trained on", inputs_of, images(9), saved)
 
 
@@ -664,7 +665,7 @@ def test_standardized_scores_of_categories_with_few_images_share_one_threshold()
 
 @pytest.mark.parametrize("turns", (1, 4))
 def test_nearest_tokens_take_their_threshold_from_all_normals_each_left_out_in_turn(turns):
-    make_folder(["bolt"])
+    make_folder("bolt")
     call(train.main, f"{FEATURES} --model nearest --score sum --fpr 0.3 --turns {turns}")
     state, _ = ev.load_run("run")
     _, inputs, backbone = ev.open_data(state["config"], "cpu", state)
@@ -683,7 +684,7 @@ def test_nearest_tokens_take_their_threshold_from_all_normals_each_left_out_in_t
 
 @pytest.mark.parametrize("lying,turns", (("alike", 1), ("anyhow", 8)))
 def test_turned_copies_are_kept_where_things_lie_anyhow_and_resuming_keeps_the_choice(lying, turns):
-    folder, ramp = make_folder(["bolt"]) / "bolt/train/good", np.arange(32.0)[:, None] * 8
+    folder, ramp = make_folder("bolt") / "bolt/train/good", np.arange(32.0)[:, None] * 8
     for i, path in enumerate(folder.iterdir()):
         pixels = np.random.default_rng(i).uniform(0, 8, (32, 32)) + np.where(ramp.T > 128, ramp, 0)
         turn = i * 45 if lying == "anyhow" else 0

@@ -197,8 +197,7 @@ def list_experiments():
               f"{experiment.__doc__}")
 
 
-def last_of(rows):
-    """Of a run's rows that of the whole run after its last epoch."""
+def last_of(rows):                                          # of a run's rows the whole run's last
     return next(row for row in reversed(rows) if row.get("seconds") not in (None, ""))
 
 
