@@ -11,6 +11,9 @@ over, and whether gradient flows through it. The defaults are the reading of 20 
 where it was judged on training images alone (results/README.md, "Which LAMP?").
 The sum in Eq. 1 is over the elements of one image, as the authors' poster writes it
 (y_{h,w,c}); a batch is averaged. Run this file to draw the paper's Fig. 2: python lamp_loss.py
+
+The second half holds the training conditions of Sec. 3.1: optimizers, and the parts of a training
+loop that `train.fit` is made of. Copying the loss alone needs the first half.
 """
 import io
 import math
@@ -255,9 +258,9 @@ def draw_batches(n, size, generator, smallest):
     return batches
 
 
-def take_step(model, optim, loss, rate, clip, amp, where):
-    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit); amp: the
-    optimizer's own products (Muon's) in bfloat16."""
+def take_step(model, optim, loss, rate, clip, where):
+    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit). Where
+    optim.amp is set, the optimizer's own products (Muon's) are in bfloat16."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
                                  f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
@@ -267,7 +270,7 @@ def take_step(model, optim, loss, rate, clip, amp, where):
     loss.backward()
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
-    with torch.autocast(loss.device.type, torch.bfloat16, enabled=amp):
+    with torch.autocast(loss.device.type, torch.bfloat16, enabled=getattr(optim, "amp", False)):
         optim.step()
 
 

@@ -76,8 +76,8 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
     model.to(memory_format=torch.channels_last)             # twice as fast to convolve on a CPU
     network = nn.parallel.DistributedDataParallel(model) if count > 1 else model
     optim = OPTIMIZERS[optimizer](model, lr, weight_decay)
+    optim.amp = amp
     history = restore(resume, optim, order) if resume else []
-
     for epoch in range(len(history) + 1, epochs + 1):
         start, means = time.perf_counter(), torch.zeros(2)  # of the loss and of the base error
         batches = draw_batches(len(inputs), batch_size, order, smallest * count)
@@ -90,7 +90,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
                 x_hat = network(x)
             loss = criterion(x_hat.float(), target)
             rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
-            take_step(model, optim, loss / target[0].numel() * weight, rate, clip, amp,
+            take_step(model, optim, loss / target[0].numel() * weight, rate, clip,
                       f"epoch {epoch}, step {step + 1}")
             both = torch.stack([loss.detach(), getattr(criterion, "base_error", loss.detach())])
             means += both.cpu() / target[0].numel() * (len(mine) / len(inputs))
@@ -174,6 +174,8 @@ def fill(given):
     c |= {"normal": "all" if dataset in FOLDERS else "0", "epochs": None, "eval_every": None}
     if dataset in FOLDERS:
         c |= ON_FOLDERS[model]
+    elif dataset == "digits" and model == "ae":
+        c["steps"] = 400                                    # they are small and few
     if given.get("backbone", "none") != "none":
         c["image_size"] = 224
     if c["optimizer"] == "muon" != given.get("optimizer", "muon"):

@@ -184,13 +184,14 @@ def photos():
     pca = dict(features, model="pca", latent=20)
     ae = dict(model="ae", backbone="none", image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3,
               optimizer="adam", schedule="cosine", lamp=False, epochs=200)
-    cells = [dict(nearest, photos=n, seed=0, score="standardized") for n in (20, 30, 120, 200)]
+    standardized = dict(score="standardized")
+    cells = [dict(nearest, photos=n, seed=0, **standardized) for n in (20, 30, 60, 120, 200)]
     for seed in (0, 1, 2):
-        sixty = dict(photos=60, seed=seed)
-        cells.append(dict(nearest, **sixty, score="standardized", turns=0, latent=800))
-        for model, raw in ((nearest, "max"), (pca, "max"), (ae, "sum")):
-            cells.append(dict(model, **sixty, score="standardized"))
-            cells.append(dict(model, **sixty, score=raw))
+        cells.append(dict(nearest, photos=60, seed=seed, **standardized, turns=0, latent=800))
+        cells.append(dict(pca, photos=60, seed=seed, **standardized))
+        cells.append(dict(ae, photos=60, seed=seed, **standardized))
+    for model, raw in ((nearest, "max"), (pca, "max"), (ae, "sum")):
+        cells.append(dict(model, photos=60, seed=0, score=raw))
     for normal in ("bottle", "capsule", "grid", "pill", "transistor"):
         for cell in cells:
             yield dict(cell, dataset="folder", normal=normal, fpr=0.05, eval_every=0)

@@ -146,7 +146,8 @@ def test_a_table_pairs_the_means_over_seeds_category_by_category(monkeypatch):
         monkeypatch)
     for command, line in (
             # differences of the means: .3, 0, .2; t(.975, 2) = 4.3027
-            ("eps", "True | 0.5667 ± 0.1434 | 0.7333 ± 0.3795 | +0.1667 ± 0.3795 | 2 of 3 | 0.500"),
+            ("eps",
+             "True | 0.5667 ± 0.1434 | 0.7333 ± 0.3795 | +0.1667 ± 0.3795 | 2 of 3 | 0.500"),
             # over the seeds: without .5 and .6333, with .6667 and .8; t(.975, 1) = 12.7062
             ("loss --over seeds",
              "l1 | 0.5667 ± 0.8471 | 0.7333 ± 0.8471 | +0.1667 ± 0.0000 | 2 of 2 | 0.500"),
