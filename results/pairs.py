@@ -69,7 +69,7 @@ def counts(row, metric, each_epoch):
         return False
     if each_epoch:
         return whole_run
-    last = row["epoch"] == row.get("epochs", 0)             # PCA has no epochs
+    last = row["epoch"] in (0, row.get("epochs"))           # 0: solved, not trained
     return last and (row["category"] != "mean" if metric in OF_CATEGORIES else whole_run)
 
 
