@@ -242,7 +242,7 @@ def settle(c, images):
     """Fill in what the number of images decides: `epochs`, from the model's `steps`, and so on."""
     if c["epochs"] is None:
         a_pass = math.ceil(images / max(1, c["batch_size"]))
-        c["epochs"] = math.ceil(c["steps"] / a_pass)
+        c["epochs"] = max(min(1, c["steps"]), round(c["steps"] / a_pass))
     if c["eval_every"] is None:
         c["eval_every"] = max(1, c["epochs"] // 10)
 
