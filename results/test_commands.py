@@ -1,0 +1,103 @@
+"""What commands do with wrong input, and claims too small for test_all.py's room."""
+import itertools
+import math
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the repository's folder
+import evaluate as ev
+import landscape
+import train
+import uniad
+from lamp_loss import lamp
+from test_all import FOLDER, TINY, call, close, make_folder, seeded_and_in_an_empty_folder
+
+
+def test_malformed_commands_end_with_status_2_never_a_traceback():
+    options = re.findall(r"--[a-z-]+", call(train.main, "--help"))
+    values = ["", "-1", "nan", "inf", "1e99", "0", "../../x", "é", "--", "a,b", "None", "1,,2"]
+    draw = np.random.default_rng(0)
+    for _ in range(150):
+        words = [draw.choice(part) for part in (options, values) * 2]
+        call(train.main, shlex.join(["--epochs", "0", *words]), 0, 2)
+
+
+def test_a_run_that_cannot_be_written_to_still_gives_its_verdicts():
+    folder = make_folder("bolt") / "bolt/test/hole"
+    call(train.main, FOLDER)
+    call(ev.main, f"run --image {folder}", 0, 1)
+    assert Path("run/judged.csv").read_text().count("\n") == 5
+    shutil.rmtree("run/judged")
+    Path("run/judged").touch()                              # no folder can be made there
+    text = call(ev.main, f"run --image {folder}", 0, 1)
+    assert "no CSV and no pictures" in text and text.count(", score ") == 4
+    text = call(ev.main, f"run --image {folder} --category nut", 2)
+    assert "knows bolt" in text
+
+
+def test_ctrl_c_ends_evaluate_py_with_status_130(monkeypatch):
+    call(train.main, f"{TINY} --epochs 1 --out run")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(ev, "judge", interrupted)
+    assert "interrupted" in call(ev.main, "run", 130)
+
+
+@pytest.mark.parametrize("content", (b"", b"PK garbage"))
+def test_a_damaged_run_is_named(content):
+    Path("model.pt").write_bytes(content)
+    assert "damaged" in call(ev.main, ".", 2) and "damaged" in call(landscape.main, ".", 2)
+
+
+def test_a_masked_token_cannot_reach_its_neighbors_within_one_layer():
+    mask, token = uniad.neighbor_mask(6, 6, 3), 2 * 6 + 3
+    x = torch.randn(1, 36, 8, requires_grad=True)
+    y = uniad.Attention(8, 2, mask)(torch.randn(1, 36, 8), x, x)
+    seen, near = torch.autograd.grad(y[0, token].sum(), x)[0][0], mask[token] < 0
+    assert near.sum() == 9 and not seen[near].any() and seen[~near].abs().sum(1).min() > 0
+
+
+def test_average_precision_is_the_mean_precision_at_each_anomaly():
+    scores, labels = torch.rand(30), torch.arange(30) % 3 == 0
+    ranked = labels[scores.argsort(descending=True)].double()
+    precision = ranked.cumsum(0) / torch.arange(1, 31)
+    close(ev.average_precision(scores, labels), (precision * ranked).sum() / ranked.sum())
+
+
+def test_amplifying_a_score_changes_no_auroc():
+    scores, labels = torch.rand(60).round(decimals=1), torch.arange(60) % 3 == 0
+    close(ev.auroc(lamp(scores[None])[0], labels), ev.auroc(scores, labels))
+
+
+def test_each_token_is_drawn_as_the_patch_of_its_nearest_token():
+    bank, patches = torch.randn(3, 5, 2, 2), torch.rand(3, 3, 32, 32)
+    close(uniad.draw_tokens(bank[[2, 0]] + 1e-3, bank, patches), patches[[2, 0]])
+
+
+def test_each_query_switch_is_what_it_says_and_noise_is_of_training_alone():
+    f = torch.randn(2, 6, 4, 4)
+    for query, learned in (("layerwise", 3), ("first", 1), ("none", 0)):
+        model = uniad.UniAD(6, 4, 8, 2, layers=3, hidden=8, neighbors=3, query=query)
+        assert sum(layer.query is not None for layer in model.decoder) == learned
+        assert not torch.equal(model(f), model(f)) and torch.equal(model.eval()(f), model(f))
+
+
+def test_neighbors_that_hide_everything_are_refused_and_a_heat_map_meets_the_corners():
+    with pytest.raises(ValueError, match="7x7"):
+        uniad.neighbor_mask(7, 7, 13)
+    errors = torch.rand(2, 3, 3)
+    maps = ev.heat_maps(errors, 9)
+    for i, j in itertools.product((0, -1), (0, -1)):
+        close(maps[:, i, j], errors[:, i, j])
+    expected = F.interpolate(errors[None], (9, 9), mode="bilinear", align_corners=True)[0]
+    close(maps, expected)
+    assert math.isclose(float(maps.max()), float(errors.max()), rel_tol=1e-6)
