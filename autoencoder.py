@@ -3,15 +3,17 @@ details"): trained on normal images only, it should reconstruct nothing else wel
 
 Encoder, each layer:  convolution (stride 2) -> batch normalization -> leaky ReLU
 Decoder, each layer:  upsampling (x2) -> convolution -> batch normalization -> leaky ReLU
-Six layers a side, four for images below 128 pixels; no skip connections (they would let anomalies
-pass around the code). Patch-wise reconstruction (the paper's [16]): the image is cut into n x n
-patches, each reconstructed by the same network, then reassembled.
+The paper has six layers a side, four for MNIST (`depth`); no skip connections (they would let
+anomalies pass around the code). Patch-wise reconstruction (the paper's [16]): the image is cut into
+n x n patches, each reconstructed by the same network, then reassembled.
 
 The paper gives neither widths nor kernel sizes. Here: `width` filters in the first layer, doubled
 with each layer up to 8 x width, `latent` channels in the code; and the decoder's last layer, whose
 output is the image, ends in a sigmoid instead of batch normalization and leaky ReLU, since images
-lie in [0, 1]. `PCA` and `NearestToken`, solved instead of trained, show what a network adds. Run
-this file to see the layers: python autoencoder.py
+lie in [0, 1]. `PCA` and `NearestToken`, solved instead of trained, show what a network adds.
+
+The second half is the paper's "Evaluation metric", for every model of this house: from a
+reconstruction to error maps, scores, a threshold, AUROC. To see the layers: python autoencoder.py
 """
 import math
 

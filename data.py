@@ -92,7 +92,7 @@ def with_progress(items, what, total):
 
 def split(classes, seed, fpr=0.05):
     """Indices of the normals to train on, and of those set aside for the threshold by the seed: of
-    a class a tenth, or as many as `fpr` needs (19 for .05), at most a third; none without fpr."""
+    a class a tenth, or as many as `fpr` needs (19 for .05), at most a third; without fpr none."""
     if fpr is None:
         return torch.arange(len(classes)), torch.arange(0)
     generator, classes = torch.Generator().manual_seed(seed), np.array(classes)

@@ -89,8 +89,7 @@ def load_run(path, device="cpu"):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                              # of many kinds, all about this file
-        raise ValueError(f"{path}: damaged, or more than tensors and plain values; not loaded "
-                         f"({str(error)[:80]!r})") from None
+        raise ValueError(f"{path}: damaged, or not plain: not loaded ({error!r:.80})") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ValueError(f"{path}: not a run of this version ({VERSION}); train it again")
     model = build_model(state["config"], state["shape"])
@@ -109,8 +108,8 @@ def of_category(owners, name):
 
 
 def smooth(errors, c, size, share):
-    """Errors of images blurred by size/share pixels, for a single one is noise; features' as they
-    are, and all where the score is raw, as in the papers."""
+    """Errors of images (N, H, W) blurred with a sigma of size/share pixels, a single pixel being
+    mostly noise (64 for scores, 32 for maps). Features' stay, and all where the score is raw."""
     raw = sees_features(c) or c["score"] != "standardized"
     return errors if raw else gaussian_blur(errors, size / share)
 
@@ -218,14 +217,13 @@ def describe(m, fpr):
         if normals and stats.binomtest(above, normals, fpr, "greater").pvalue < 0.01:
             lines.append(f"WARNING: {above} of {normals} normal test images of {name} exceed it: "
                          "they differ from those trained on; add images like them to train/good")
-        if (row["image_auroc"] or 1) < 0.6:
+        if row["image_auroc"] is not None and row["image_auroc"] < 0.6:
             lines.append(f"WARNING: image AUROC {row['image_auroc']:.2f} of {name}, hardly better "
                          "than chance or worse: do not use these verdicts; try another --model")
     return "\n".join(lines)
 
 
 def printable(name):
-    """A file's name on one line; line breaks and letters that cannot be printed are escaped."""
     return str(name) if str(name).isprintable() else ascii(str(name))
 
 
@@ -281,6 +279,8 @@ def judge_files(run, paths, device, category, pictures):
     folders -> exit status: 0, 1 where one is anomalous, 2 where one could not be read. Without
     `category` an image is of the one that it fits best."""
     state, model = load_run(run, device)
+    if "known" not in state:
+        raise ValueError(f"{run}: its training was cut short: train.py --resume ends it")
     c, known, prepare, status = state["config"], state["known"], to_float, 0
     if sees_features(c):
         backbone = open_backbone(c, device)
@@ -319,8 +319,9 @@ def best_fit(scores, names, thresholds):
     found = []
     for name, score in zip(names, scores):
         limit = thresholds[name][0]
-        found.append((score / limit if limit else 0.0, name, score, limit))
-    return min(found)[1:]
+        excess = float("inf") if limit is None else score / max(limit, 1e-12)
+        found.append((excess, name, score, limit))
+    return min(found, key=lambda each: each[0])[1:]
 
 
 def read_batch(files, state):
@@ -358,7 +359,6 @@ def open_report(run, pictures):
 
 
 def evaluate_run(run, data_dir, device):
-    """Numbers and picture of a saved run."""
     state, model = load_run(run, device)
     c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
     data, inputs, _ = open_data(c, device, state)

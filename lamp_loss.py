@@ -1,19 +1,19 @@
 """LAMP, Loss AMPlification (Park et al. 2023), Sec. 2.2 and 2.3: Eq. 1 and Eq. 2.
 
 Train an autoencoder on normal images only, but amplify its reconstruction error: scale the error
-map into [0, 1) (Eq. 2), then take -log(1 - error) of each element and sum (Eq. 1). The slope is
-1 at a small error and 1/eps at the largest, so the worst pixels count most.
+map into [0, 1) (Eq. 2), then take -log(1 - error) of each element and sum (Eq. 1). Its slope in the
+scaled error is 1 at a small one and 1/eps at the largest, so the worst pixels count most.
 
     loss = ReconstructionLoss("l2", lamp=True)(y_hat, y)    # y, y_hat: (B, C, H, W) in [0, 1]
 
 What the paper leaves open is an argument here: the value of eps, what the maximum in Eq. 2 is taken
-over, and whether gradient flows through it. The defaults are the reading of 20 that helped most
-where it was judged on training images alone (results/README.md, "Which LAMP?").
-The sum in Eq. 1 is over the elements of one image, as the authors' poster writes it
+over, and whether gradient flows through it. The defaults are the best of 20 readings with a narrow
+code, judged on training images alone, where none gains (results/README.md, "Which LAMP?").
+The sum in Eq. 1 is over the elements of one image, as on the authors' poster of the paper
 (y_{h,w,c}); a batch is averaged. Run this file to draw the paper's Fig. 2: python lamp_loss.py
 
-The second half holds the training conditions of Sec. 3.1: optimizers, and the parts of a training
-loop that `train.fit` is made of. Copying the loss alone needs the first half.
+The second half holds the training conditions of Sec. 3.1, its optimizers and Muon, and the parts
+of a training loop that `train.fit` is made of. Copying the loss alone needs the first half.
 """
 import io
 import math
@@ -318,7 +318,7 @@ def processes():
 
 def share_of(index):
     """A process's part of a batch, and the factor that makes the mean of all processes' gradients
-    that of the whole batch."""
+    that of the whole batch (if the loss is a sum over images: a maximum over="batch" is not)."""
     rank, count = processes()
     mine = index[rank::count]
     return mine, len(mine) * count / len(index)

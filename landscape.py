@@ -392,7 +392,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"landscape.py: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted; what was computed of a surface is kept\n")
+        parser.exit(130, "\ninterrupted; the same command keeps the runs and rows that are done\n")
     raise SystemExit(0)
 
 

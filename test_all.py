@@ -1,7 +1,7 @@
 """Each claim the code makes, as a test whose name is the claim: equality with a definition.
 
-    python -m pytest                  all tests, offline; also those in results/test_results.py
-    python test_all.py --bench        the speed ratios the README quotes, taken in one process
+    python -m pytest                  all tests, offline; also those in results/
+    python test_all.py --bench        the speed ratios of results/README.md, in one process
 """
 import ast
 import contextlib

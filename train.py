@@ -109,7 +109,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        epilog="What has no default here has one that depends on the model: train.DEFAULTS.")
+        epilog="What has no default here has one that depends on model and data: train.DEFAULTS.")
     first_options(parser.add_argument_group("what everyone needs").add_argument)
     other_options(parser.add_argument_group("model, training, experiments").add_argument)
     try:

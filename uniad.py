@@ -20,7 +20,7 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD); of the metrics
   2. features standardized by channel (or --no-standardize): it then learns in far fewer epochs
   3. no dropout on the attention weights, costly to draw on a CPU; image AUROC with it / without,
      8 epochs, one seed, in a patched copy: bottle .995 / .995, transistor .825 / .813
-  4. neighbor mask made once, attention in three lines: faster, equal to 1e-5 (test_all.py)
+  4. neighbor mask made once, attention written out: faster, equal to 1e-6 (test_all.py)
   5. CIFAR-10: all 10,000 test images, not a random subset that changes with the seed
   6. features rounded to float16, so that cached and uncached training agree
   7. train.py's defaults, in minutes instead of days: Muon, no dropout, and jitter 5; 20 would add a
@@ -355,7 +355,7 @@ class FeatureMLP(nn.Module):
 
 class FeatureCNN(nn.Module):
     """3x3 convolutions: (B, C, g, g) -> (B, C, g, g). A 1x1 kernel is a fully connected layer, and
-    so is an n x n one that is 0 around its center: the same shortcut. About UniAD's size."""
+    so is an n x n one that is 0 around its center: the same shortcut. Of UniAD's size."""
 
     def __init__(self, channels=272, hidden=400, layers=6):
         super().__init__()
