@@ -8,9 +8,9 @@ anomalies pass around the code). Patch-wise reconstruction (the paper's [16]): t
 n x n patches, each reconstructed by the same network, then reassembled.
 
 The paper gives neither widths nor kernel sizes. Here: `width` filters in the first layer, doubled
-with each layer up to 8 x width, `latent` channels in the code; and the decoder's last layer, whose
-output is the image, ends in a sigmoid instead of batch normalization and leaky ReLU, since images
-lie in [0, 1]. `PCA` and `NearestToken`, solved instead of trained, show what a network adds.
+with each layer up to 8 x width, the code's own included; and the decoder's last layer, whose output
+is the image, ends in a sigmoid instead of batch normalization and leaky ReLU, since images lie in
+[0, 1]. `PCA` and `NearestToken`, solved instead of trained, show what a network adds.
 
 The second half is the paper's "Evaluation metric", for every model of this house: from a
 reconstruction to error maps, scores, a threshold, AUROC. To see the layers: python autoencoder.py
@@ -46,17 +46,18 @@ class ConvAutoencoder(nn.Module):
     """y -> y_hat: (B, C, H, W) -> (B, C, H, W) in (0, 1); code (latent, H / 2^depth, W / 2^depth).
 
     channels: C of the images; depth: layers a side; width: filters of the first layer;
-    latent: channels of the code, the bottleneck;
+    latent: channels of the code, where it shall be narrower than its layer's filters (None);
     kernel_size: odd, the same in all layers; patches: n, for n x n patches reconstructed apart.
     Raises ValueError for an even kernel, and in `forward` for H, W not divisible by n 2^depth.
     """
 
-    def __init__(self, channels=1, depth=4, width=16, latent=8, kernel_size=3, patches=1):
+    def __init__(self, channels=1, depth=4, width=16, latent=None, kernel_size=3, patches=1):
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1:
             raise ValueError(f"kernel_size must be odd, to keep a layer's grid, got {kernel_size}")
         self.depth, self.patches = depth, patches
-        widths = [channels] + [width * min(2 ** i, 8) for i in range(depth - 1)] + [latent]
+        widths = [channels] + [width * min(2 ** i, 8) for i in range(depth)]
+        widths[-1] = latent or widths[-1]
         padding = kernel_size // 2
         encoder, decoder = [], []
         for c_in, c_out in zip(widths, widths[1:]):

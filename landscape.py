@@ -15,10 +15,9 @@ On your own model, whatever it is and however its loss is computed:
     loss_at = around(model, lambda: float(my_loss(model(x), y)), d, e)
     z = surface(loss_at, xs, ys, "my.npz")       # Ctrl-C loses nothing, a rerun goes on
 
-With `detach` (see lamp_loss.py) Eq. 2's maximum is a constant to a training step, so here it is
-held, too: at the largest error of all points that are drawn, since 1 - L' must stay positive at
-each (`HeldLamp`). How far that is from the maximum at the trained weights is printed. --maximum
-moving draws LAMP's own value instead, in which each point has its own maximum.
+What is drawn is what is descended. With `detach`, as in both figures, Eq. 2's maximum is a constant
+to a training step, and held here, too: at the largest error of all points drawn, since 1 - L' must
+stay positive at each (`HeldLamp`). Otherwise, and with --maximum moving, each point has its own.
 """
 import argparse
 import itertools
@@ -174,9 +173,8 @@ def draw(path, panels, args, what, rows=1, solid=True):
             top.set(zlim=(min(low, 0), high), xlabel="d", ylabel="e")
     colors = ScalarMappable(Normalize(low, high), "viridis")
     figure.colorbar(colors, ax=figure.axes, shrink=0.5, format="%.3g", label="loss of an image")
-    text = (f"{what}, {args.images} images; +: the trained weights; directions of seed "
-            f"{args.seed}, filter-normalized; {args.grid} x {args.grid} points; Eq. 2's maximum "
-            f"{args.maximum}")
+    text = (f"{what}; {args.images} images; +: the trained weights; directions of seed {args.seed},"
+            f" filter-normalized; {args.grid} x {args.grid} points")
     figure.supxlabel("\n".join(textwrap.wrap(text, 40 * columns)), fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -185,10 +183,10 @@ def draw(path, panels, args, what, rows=1, solid=True):
 
 # ---- the models that are drawn, and their losses ----
 
-READING = dict(eps=0.1, over="batch")                       # of the figures and of --steepness
+READING = dict(eps=0.1, over="batch", detach=True)          # LAMP of the figures, of --steepness
 
 
-def criterion_of(args, loss, lamp, eps, over, detach=True):
+def criterion_of(args, loss, lamp, eps, over, detach):
     if lamp and detach and args.maximum == "held":
         return HeldLamp(loss, eps, over)
     return ReconstructionLoss(loss, lamp, eps, over)
@@ -205,11 +203,11 @@ def open_run(run, args):
 def train_run(lamp, batch_size, seed, args):
     """An autoencoder of MNIST's digit 3, L2 or L2-LAMP -> its folder, where it may be already."""
     name = f"mnist-3-{'l2-lamp' if lamp else 'l2'}-b{batch_size}-e{args.epochs}-s{seed}"
-    argv = ["--dataset=mnist", "--normal=3", "--latent=128", "--lr=1e-3", "--eval-every=0",
+    argv = ["--dataset=mnist", "--normal=3", "--lr=1e-3", "--eval-every=0", "--no-pictures",
             f"--batch-size={batch_size}", f"--epochs={args.epochs}", f"--seed={seed}",
             f"--eps={READING['eps']}", f"--over={READING['over']}", f"--threads={args.threads}",
             f"--data-dir={args.data_dir or 'data'}", f"--out=runs/landscape/{name}", "--resume",
-            "--no-pictures", *(["--lamp"] if lamp else [])]
+            "--detach" if READING["detach"] else "--no-detach", *(["--lamp"] if lamp else [])]
     try:
         train.main(argv)
     except SystemExit as stop:
@@ -224,7 +222,7 @@ def train_classifier(lamp, batch_size, seed, args):
     (images, labels), _, _ = DATASETS["mnist"](Path(args.data_dir or "data"))
     x, y = resize(images[:10000], 32), torch.eye(10)[labels[:10000]]
     torch.manual_seed(seed)
-    encoder = ConvAutoencoder(latent=128).encoder                           # (B, 128, 2, 2)
+    encoder = ConvAutoencoder().encoder                                     # (B, 128, 2, 2)
     model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(512, 10), nn.Sigmoid())
     print(f"encoder, {'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}, seed {seed}")
     train.fit(model, x, ReconstructionLoss("l2", lamp, **READING), y, epochs=args.epochs,
@@ -251,7 +249,9 @@ def compare_runs(runs, args, out):
         z = model_surface(model, criterion, x, x, args.xs, args.seed, path)
         name = c["loss"].upper() + ("-LAMP" if c["lamp"] else "")
         panels.append((f"{name}, batch size {c['batch_size']}, under {args.under} loss", z))
-    draw(out, panels, args, ", ".join(runs))
+    held = any(c["lamp"] and c["detach"] for c, _, _ in loaded)
+    maximum = f"; Eq. 2's maximum {args.maximum}" if held else ""
+    draw(out, panels, args, ", ".join(runs) + maximum)
 
 
 def figure_3(args, out):
@@ -262,7 +262,7 @@ def figure_3(args, out):
         criterion = criterion_of(args, "l2", lamp, **READING)
         z = model_surface(model, criterion, x, y, args.xs, args.seed)
         panels.append((f"{'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}", z))
-    what = f"encoders that predict MNIST's classes, {args.epochs} epochs"
+    what = f"encoders that predict MNIST's classes, {args.epochs} epochs; maximum {args.maximum}"
     draw(out, panels, args, what, rows=2, solid=False)
 
 

@@ -754,7 +754,7 @@ def train_share(rank, folder):
         torch.distributed.init_process_group("gloo", f"file://{folder}/meet", None, 2, rank)
     torch.manual_seed(0)
     model, f = UniAD(6, 4, 8, 2, 1, 8, neighbors=3, jitter=0, dropout=0), torch.randn(12, 6, 4, 4)
-    criterion = ReconstructionLoss("l2", lamp=True, over="image")   # "batch": a process's share
+    criterion = ReconstructionLoss("l2", True, 0.5, "image", True)  # "batch": a process's share
     train.fit(model, f, criterion, epochs=3, batch_size=5, clip=0.1, optimizer="muon", lr=0.02)
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
 

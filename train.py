@@ -39,7 +39,7 @@ DEFAULTS = {                                                # all that depend on
     "image_size":   (32,       32,       224,      224,         224,         224,    224),
     "depth":        (4,        1,        1,        4,           4,           6,      5),
     "width":        (16,       0,        0,        256,         256,         128,    1520),
-    "latent":       (8,        8,        800,      0,           0,           0,      0),
+    "latent":       (None,     8,        800,      0,           0,           0,      0),
     "steps":        (1400,     0,        0,        1500,        1500,        1500,   500),
     "batch_size":   (32,       0,        0,        8,           8,           8,      8),
     "lr":           (3e-3,     0.0,      0.0,      0.02,        0.02,        0.02,   0.02),
@@ -140,7 +140,7 @@ def other_options(add):
     add("--image-size", type=int, help="side in pixels")
     add("--depth", type=int, help="layers; ae: on each side")
     add("--width", type=int, help="channels of the hidden layers; ae: of the first one")
-    add("--latent", type=int, help="ae: channels of the code; pca: components; nearest: images")
+    add("--latent", type=int, help="ae: a narrower code; pca: components; nearest: images")
     add("--kernel-size", type=int, default=3, help="ae: odd (default: 3)")
     add("--patches", type=int, default=1, help="ae: n x n patches apart (default: 1)")
     add("--turns", type=int, default=0, help="nearest: positions of an image; 0: 8 if these help")
@@ -157,9 +157,9 @@ def other_options(add):
     add("--weight-decay", type=float, help="of the optimizer")
     add("--clip", type=float, help="largest gradient norm, 0 for any")
     add("--amp", action="store_true", default=False, help="bfloat16 where that is safe")
-    add("--eps", type=float, default=0.5, help="LAMP, Eq. 2: epsilon (default: .5)")
+    add("--eps", type=float, default=0.1, help="LAMP, Eq. 2: epsilon (default: .1)")
     add("--over", choices=("image", "batch"), default="batch", help="Eq. 2: the maximum's scope")
-    add("--detach", action=YES_NO, default=True, help="Eq. 2: no gradient through the maximum")
+    add("--detach", action=YES_NO, default=False, help="Eq. 2: the maximum is held constant")
     add("--score", choices=ev.SCORES, help="of an image, from its error map")
     add("--eval-every", type=int, help="epochs; 0: at the end alone (default: a tenth of them)")
     add("--validate", action="store_true", default=False, help="judge on training images instead")

@@ -3,17 +3,22 @@
     python results/figures.py examples OUT.jpg RUN...   the paper's Fig. 4: the same test images,
                                                         as each run reconstructs them
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
-    python results/figures.py verdicts OUT.jpg RUN...  a row a run: test images with heat maps
-
+    python results/figures.py verdicts OUT.jpg RUN...   a row a run: test images with heat maps
+    python results/figures.py copying OUT.png           AUROC over epochs and over training error,
+                                                        from results/capacity.csv
 To be run in the repository's folder, after the runs have been made (results/sweep.py).
 """
 import argparse
 import json
 import sys
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
+
+from pairs import mean_and_interval, read, sign_test, with_setting
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ("base_error", "image_auroc", "pixel_auroc")
@@ -97,15 +102,57 @@ def curves(out, runs, data_dir=None):
     figure.savefig(out, dpi=110)
 
 
+def equal_error(plain, lamp):
+    """Curves of one class, [(training error, AUROC)] by epochs -> by how much LAMP is ahead at its
+    end of L2 when that had the same training error; None where it never had."""
+    error, auroc = lamp[-1]
+    errors, aurocs = zip(*sorted(plain))                    # between epochs: on a line
+    inside = errors[0] <= error <= errors[-1]
+    return auroc - np.interp(error, errors, aurocs) if inside else None
+
+
+def copying(out, runs, data_dir=None):
+    """In the natural width: does AUROC fall as a model learns to copy? And at equal copying, who
+    detects more? Mean curves, and a line for each reading at equal training error."""
+    curves = defaultdict(lambda: defaultdict(list))         # {reading: {class and seed: curve}}
+    for row in map(with_setting, read("capacity")):
+        if row["latent"] == 128:
+            reading = "L2"
+            if row["lamp"]:
+                kept = "held constant" if row["detach"] else "not held"
+                reading = f"L2-LAMP, maximum over the {row['over']}, {kept}, eps {row['eps']}"
+            curve = curves[reading][row["category"], row["seed"]]
+            curve.append((row["base_error"], row["image_auroc"]))
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    over_epochs, over_error = figure.subplots(1, 2, sharey=True)
+    for reading, of_classes in curves.items():
+        errors, aurocs = np.mean([*of_classes.values()], axis=0).T
+        over_epochs.plot(range(1, len(aurocs) + 1), aurocs, "o-", markersize=4, label=reading)
+        over_error.plot(errors, aurocs, "o-", markersize=4)
+        if reading != "L2":
+            ahead = [equal_error(curves["L2"][key], curve) for key, curve in of_classes.items()]
+            ahead = [gain for gain in ahead if gain is not None]
+            print(f"{reading}: at equal training error {mean_and_interval(ahead, '+')}, ahead in "
+                  f"{sign_test(ahead)[0]}")
+    over_epochs.set(xlabel="epoch", ylabel="image AUROC, mean over the digits")
+    over_error.set(xlabel="training error (squared, a pixel): falls to the right")
+    over_error.invert_xaxis()
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
+    figure.supxlabel(f"python results/figures.py copying {out}", fontsize=7)
+    figure.savefig(out, dpi=110)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("figure", choices=("examples", "curves", "verdicts"))
+    add("figure", choices=("examples", "curves", "verdicts", "copying"))
     add("out", help="the picture")
-    add("runs", nargs="+", metavar="RUN", help="folders that train.py wrote")
+    add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     args = parser.parse_args(argv)
-    draw = {"examples": examples, "curves": curves, "verdicts": verdicts}[args.figure]
+    if bool(args.runs) == (args.figure == "copying"):
+        parser.error("name runs, but none for copying, which reads results/capacity.csv")
+    draw = dict(examples=examples, curves=curves, verdicts=verdicts, copying=copying)[args.figure]
     try:
         draw(args.out, args.runs, args.data_dir)
     except (ValueError, OSError) as error:
