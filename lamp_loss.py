@@ -7,8 +7,8 @@ scaled error is 1 at a small one and 1/eps at the largest, so the worst pixels c
     loss = ReconstructionLoss("l2", lamp=True)(y_hat, y)    # y, y_hat: (B, C, H, W) in [0, 1]
 
 What the paper leaves open is an argument here: the value of eps, what the maximum in Eq. 2 is taken
-over, and whether gradient flows through it. The defaults are the best of 24 readings, chosen on
-training images (results/README.md, "Which LAMP?"), and what `error / error.max()` does by itself.
+over, and whether gradient flows through it. The defaults are the steadiest of the best of 24
+readings, chosen on training images (results/README.md, "Which LAMP?").
 The sum in Eq. 1 is over the elements of one image, as on the authors' poster of the paper
 (y_{h,w,c}); a batch is averaged. Run this file to draw the paper's Fig. 2: python lamp_loss.py
 
@@ -73,17 +73,18 @@ def largest(error, over):
     return error.flatten(1).amax(1).view(-1, *[1] * (error.dim() - 1))
 
 
-def scale(error, eps=0.1, over="batch", detach=False):
+def scale(error, eps=0.03, over="image", detach=True):
     """Eq. 2: L' = L / max(L) * (1 - eps), in [0, 1 - eps]: (B, ...) -> (B, ...), dtype kept.
 
     error: any map of errors >= 0.
     eps: the slope of LAMP at the largest error is 1/eps, so eps decides how far the worst pixel
-        outweighs the others. The paper gives no value.
+        outweighs the others. The paper gives no value. With less than .01 the worst pixels carry
+        nearly all of the gradient, and the reconstruction hardly improves.
     over: the maximum is that of each "image" or of the whole "batch". By image, every image weighs
         alike, however well it is reconstructed; by batch, the badly reconstructed ones weigh more.
-    detach: the maximum is a constant to the gradient. Otherwise errors shall be small beside the
-        worst one, whose own share of the gradient pushes it up: sum(error * gradient) is 0, no
-        step is spent on shrinking all errors alike, and the network copies less.
+    detach: the maximum is a constant to the gradient. Otherwise the gradient pushes the largest
+        error up as strongly as all the others down: sum(error * gradient) is 0, and no step
+        shrinks all errors alike.
     A maximum below 1e-30 (float16: 6e-5) counts as that, so all zero stays zero, never NaN.
     Raises ValueError for another `over`, or an eps outside (0, 1) or too small for the dtype.
     """
@@ -99,7 +100,7 @@ def scale(error, eps=0.1, over="batch", detach=False):
     return error / maximum * (1 - eps)
 
 
-def lamp(error, eps=0.1, over="batch", detach=False):
+def lamp(error, eps=0.03, over="image", detach=True):
     """Eq. 1 before its sum: -log(1 - L') with L' from Eq. 2: (B, ...) -> (B, ...), dtype kept.
 
     In [0, -log(eps)], never below L'; its slope in L' is 1 / (1 - L'). Arguments as in `scale`.
@@ -117,7 +118,7 @@ class ReconstructionLoss(nn.Module):
     amplification, a detached scalar reduced alike. Raises ValueError for an unknown loss.
     """
 
-    def __init__(self, loss="l2", lamp=False, eps=0.1, over="batch", detach=False):
+    def __init__(self, loss="l2", lamp=False, eps=0.03, over="image", detach=True):
         super().__init__()
         if loss not in BASE_LOSSES:
             raise ValueError(f"loss must be one of {', '.join(BASE_LOSSES)}, got {loss!r}")
@@ -141,7 +142,7 @@ class HeldLamp(nn.Module):
     of all images together (over="batch") or of each ("image"): `observe` every point, then call.
     """
 
-    def __init__(self, loss="l2", eps=0.1, over="batch"):
+    def __init__(self, loss="l2", eps=0.03, over="image"):
         super().__init__()
         self.base_loss, self.eps, self.over = BASE_LOSSES[loss], eps, over
         self.maximum = torch.tensor(1e-30)

@@ -183,7 +183,7 @@ def draw(path, panels, args, what, rows=1, solid=True):
 
 # ---- the models that are drawn, and their losses ----
 
-READING = dict(eps=0.1, over="batch", detach=True)          # LAMP of the figures, of --steepness
+READING = dict(eps=0.1, over="batch", detach=True)          # by "image" the encoder hardly learns
 
 
 def criterion_of(args, loss, lamp, eps, over, detach):
@@ -245,7 +245,7 @@ def compare_runs(runs, args, out):
         criterion = criterion_of(args, loss, lamp, c["eps"], c["over"], c["detach"])
         content = b"".join(t.numpy().tobytes() for t in (*model.state_dict().values(), x))
         options = f"{args.under} {args.maximum} {args.seed}".encode()
-        path = f"{Path(out).with_suffix('')}-{zlib.crc32(content + options):08x}.npz"
+        path = f"runs/landscape/{Path(out).stem}-{zlib.crc32(content + options):08x}.npz"
         z = model_surface(model, criterion, x, x, args.xs, args.seed, path)
         name = c["loss"].upper() + ("-LAMP" if c["lamp"] else "")
         panels.append((f"{name}, batch size {c['batch_size']}, under {args.under} loss", z))
@@ -348,16 +348,16 @@ def parse(argv):
         help="the loss that is drawn: each run's own, or one for all (default: own)")
     add("--maximum", choices=("held", "moving"), default="held",
         help="Eq. 2's, of LAMP: of all points drawn, or of each point its own (default: held)")
-    add("--grid", type=int, help="points a side, odd (default: 51; 11 for --steepness)")
+    add("--grid", type=int, help="points a side, odd (default: 31; 11 for --steepness)")
     add("--span", type=float, default=1.0, help="largest step, in weights' norms (default: 1)")
-    add("--images", type=int, help="training images the loss is of (default: 1024; 128)")
+    add("--images", type=int, help="training images the loss is of (default: 512; 128)")
     add("--seed", type=int, default=0, help="of directions and a figure's training (default: 0)")
     add("--epochs", type=int, default=4, help="of a figure's training (default: 4)")
     add("--threads", type=int, default=0, help="CPU threads, 0 for all cores (default: 0)")
     add("--data-dir", help="where the data sets are (default: as in the run, or data)")
     add("--out", help="picture or CSV (default: in figures, runs/landscape, results/steepness.csv)")
     args = parser.parse_args(argv)
-    grid, images = (11, 128) if args.steepness else (51, 1024)
+    grid, images = (11, 128) if args.steepness else (31, 512)
     args.grid = grid if args.grid is None else args.grid
     args.images = images if args.images is None else args.images
     if args.grid < 3 or args.grid % 2 == 0:

@@ -135,7 +135,7 @@ def copying(out, runs, data_dir=None):
             print(f"{reading}: at equal training error {mean_and_interval(ahead, '+')}, ahead in "
                   f"{sign_test(ahead)[0]}")
     over_epochs.set(xlabel="epoch", ylabel="image AUROC, mean over the digits")
-    over_error.set(xlabel="training error (squared, a pixel): falls to the right")
+    over_error.set(xlabel="training error (squared, a pixel): falls to the right", xscale="log")
     over_error.invert_xaxis()
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     figure.supxlabel(f"python results/figures.py copying {out}", fontsize=7)

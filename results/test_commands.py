@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the repository's folder
 import evaluate as ev
+import figures
 import landscape
 import train
 import uniad
@@ -101,3 +102,16 @@ def test_neighbors_that_hide_everything_are_refused_and_a_heat_map_meets_the_cor
     expected = F.interpolate(errors[None], (9, 9), mode="bilinear", align_corners=True)[0]
     close(maps, expected)
     assert math.isclose(float(maps.max()), float(errors.max()), rel_tol=1e-6)
+
+
+def test_at_equal_training_error_lamp_is_compared_with_a_point_on_l2_s_curve(monkeypatch):
+    plain = [(4.0, 0.8), (2.0, 0.7), (1.0, 0.6)]            # by epochs: (training error, AUROC)
+    close(torch.tensor(figures.equal_error(plain, [(9.0, 0.1), (1.5, 0.75)])), torch.tensor(0.1))
+    assert figures.equal_error(plain, [(4.5, 0.9)]) is figures.equal_error(plain, [(0.9, 1)]) is None
+    rows = [dict(latent=128, lamp=lamp, over="image" * lamp, eps=0.1 * lamp or "", detach=lamp,
+                 seed=0, category=3, normal=3, epoch=epoch, base_error=error, image_auroc=auroc)
+            for lamp, curve in ((0, plain), (1, [(3.0, 0.7), (2.5, 0.8), (1.5, 0.75)]))
+            for epoch, (error, auroc) in enumerate(curve, 1)]
+    monkeypatch.setattr(figures, "read", lambda name: rows)
+    assert "at equal training error +0.1000, ahead in 1 of 1" in call(figures.main, "copying z.png")
+    assert "name runs" in call(figures.main, "copying z.png run", 2)
