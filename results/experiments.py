@@ -19,8 +19,8 @@ AUTOENCODER = dict(
     validate=False, model="ae", kernel_size=3, patches=1, loss="l2", optimizer="adam",
     schedule="cosine", weight_decay=0.0, clip=0.0, score="sum", seed=0,
     eval_every=0)
-MNIST = dict(AUTOENCODER, dataset="mnist", image_size=32, depth=4, latent=128, batch_size=32, lr=3e-3,
-             epochs=8)
+MNIST = dict(AUTOENCODER, dataset="mnist", image_size=32, depth=4, latent=128, batch_size=32,
+             lr=3e-3, epochs=8)
 MVTEC = dict(AUTOENCODER, dataset="mvtec", image_size=128, depth=6, latent=16, batch_size=16,
              lr=1e-3, epochs=30)
 FEATURES = dict(
@@ -35,13 +35,11 @@ TRANSFORMER = dict(MLP, model="transformer", depth=4, query="first")
 DIGITS = "0123456789"
 CATEGORIES = ("bottle", "capsule", "transistor")
 RATES = (                                                   # batch size, learning rate, epochs
-    (32, 3e-3, 8), (128, 3e-3, 16), (16, 3e-3, 8), (4, 1e-3, 4), (1, 3e-4, 2), (32, 1e-3, 8),
-    (32, 1e-2, 8), (128, 1e-2, 16), (16, 1e-2, 8), (16, 1e-3, 8), (128, 1e-3, 16), (4, 3e-3, 4),
-    (1, 1e-3, 2), (1024, 1e-2, 120))
+    (128, 3e-3, 16), (32, 3e-3, 8), (32, 1e-2, 8), (16, 3e-3, 8), (4, 1e-3, 4), (1, 3e-4, 2))
 
 
 def reading():
-    """what Eq. 2 leaves open: 24 readings of LAMP on four digits, the best three on all, two seeds"""
+    """what Eq. 2 leaves open: 24 readings of LAMP on four digits, five on all, on training images"""
     readings = [PLAIN]
     for over in ("batch", "image"):
         for detach in (False, True):
@@ -70,20 +68,12 @@ def tuning():
 
 
 def table1():
-    """LAMP on MNIST by batch size and learning rate: the paper's Table 1"""
+    """LAMP on MNIST by batch size: the paper's Table 1, but for 1024"""
     for batch_size, lr, epochs in RATES:
         for normal in DIGITS:
             for lamp in (PLAIN, LAMP):
                 yield dict(MNIST, normal=normal, batch_size=batch_size, lr=lr, epochs=epochs,
                            **lamp)
-
-
-def losses():
-    """LAMP on L1 and SSIM instead of L2, as table1 at batch size 32"""
-    for normal in DIGITS:
-        for loss in ("l1", "ssim"):
-            for lamp in (PLAIN, LAMP):
-                yield dict(MNIST, normal=normal, loss=loss, **lamp)
 
 
 def pca():
@@ -176,9 +166,9 @@ def photos():
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
-    reading, tuning, table1, losses, pca, capacity, logarithm, table2, unified, shortcut, parts,
+    reading, tuning, table1, pca, capacity, logarithm, table2, unified, shortcut, parts,
     photos)}
-WITH_PULL_AND_SPREAD = ("table1", "losses", "table2")
+WITH_PULL_AND_SPREAD = ("table1", "table2")
 
 
 # ---- what train.py does not know ----

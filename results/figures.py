@@ -137,6 +137,8 @@ def copying(out, runs, data_dir=None):
     over_epochs.set(xlabel="epoch", ylabel="image AUROC, mean over the digits")
     over_error.set(xlabel="training error (squared, a pixel): falls to the right", xscale="log")
     over_error.invert_xaxis()
+    over_error.minorticks_off()
+    over_error.set_xticks([0.04, 0.02, 0.01, 0.005], ["0.04", "0.02", "0.01", "0.005"])
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
     figure.supxlabel(f"python results/figures.py copying {out}", fontsize=7)
     figure.savefig(out, dpi=110)

@@ -1,6 +1,6 @@
 """Tables: the tables and pictures of results/README.md, from the CSV files beside it.
 
-    python results/tables.py table1 losses --rows batch_size,loss
+    python results/tables.py table1 --rows loss,batch_size
     python results/tables.py table2 --rows loss,optimizer --best-of lr --metric pixel_auroc
     python results/tables.py capacity --rows latent,over,eps --picture capacity.png
     python results/tables.py gains --picture gains.png              LAMP's gain in all settings
@@ -32,7 +32,7 @@ NAMES = {"l1": "L1", "l2": "L2", "ssim": "SSIM", "sgd": "SGD", "rmsprop": "RMSpr
          "uniad": "UniAD", "mlp": "MLP", "cnn": "CNN", "transformer": "Transformer"}
 GAINS = {                                                   # where LAMP was tried
     "MNIST, one digit normal (10 digits)": dict(
-        experiments=["table1", "losses"], keys=["loss", "batch_size"]),
+        experiments=["table1"], keys=["loss", "batch_size"]),
     "MVTec AD, autoencoder, batch size 16 (3 categories)": dict(
         experiments=["table2"], keys=["loss", "optimizer"], best_of=["lr"]),
     "MVTec AD, one UniAD for 3 categories (3 seeds)": dict(
