@@ -245,7 +245,7 @@ def settle(c, images):
         a_pass = math.ceil(images / max(1, c["batch_size"]))
         c["epochs"] = max(min(1, c["steps"]), round(c["steps"] / a_pass))
     if c["eval_every"] is None:
-        c["eval_every"] = max(1, c["epochs"] // 10)
+        c["eval_every"] = max(1, c["epochs"] // 4)
 
 
 def draw_batches(n, size, generator, smallest):

@@ -161,7 +161,7 @@ def other_options(add):
     add("--over", choices=("image", "batch"), default="image", help="Eq. 2: the maximum's scope")
     add("--detach", action=YES_NO, default=True, help="Eq. 2: no gradient through the maximum")
     add("--score", choices=ev.SCORES, help="of an image, from its error map")
-    add("--eval-every", type=int, help="epochs; 0: at the end alone (default: a tenth of them)")
+    add("--eval-every", type=int, help="epochs; 0: at the end alone (default: a quarter of them)")
     add("--validate", action="store_true", default=False, help="judge on training images instead")
     add("--pictures", action=YES_NO, default=True, help="draw examples (default: yes)")
 

@@ -39,7 +39,7 @@ RATES = (                                                   # batch size, learni
 
 
 def reading():
-    """what Eq. 2 leaves open: 24 readings of LAMP on four digits, five on all, on training images"""
+    """what Eq. 2 leaves open: 24 readings on four digits, five on all, on training images"""
     readings = [PLAIN]
     for over in ("batch", "image"):
         for detach in (False, True):
