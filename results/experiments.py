@@ -35,7 +35,8 @@ TRANSFORMER = dict(MLP, model="transformer", depth=4, query="first")
 DIGITS = "0123456789"
 CATEGORIES = ("bottle", "capsule", "transistor")
 RATES = (                                                   # batch size, learning rate, epochs
-    (128, 3e-3, 16), (32, 3e-3, 8), (32, 1e-2, 8), (16, 3e-3, 8), (4, 1e-3, 4), (1, 3e-4, 2))
+    (128, 3e-3, 16), (32, 3e-3, 8), (32, 1e-3, 8), (32, 1e-2, 8), (16, 3e-3, 8), (4, 1e-3, 4),
+    (1, 3e-4, 2))
 
 
 def reading():
