@@ -134,7 +134,8 @@ def turned(images, angle):
 
 class NearestToken(nn.Module):
     """Each token of features becomes the mean of the 3 nearest ones (L2) in a bank, the tokens of
-    normal images: what no normal image shows, it cannot reconstruct.
+    normal images: what no normal image shows, it cannot reconstruct. The memory bank of PatchCore
+    (Roth et al. 2022), without its coreset and its averaging over neighbors.
 
     f -> f_hat, (B, C, g, g) -> (B, C, g, g). An image that is itself in the bank is compared with
     the others alone: it would have no error at all. channels: C; grid: g; images: those in the
@@ -194,11 +195,6 @@ def heat_maps(errors, size):
     if errors.shape[-1] == size:
         return errors
     return F.interpolate(errors[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
-
-
-def anomaly_maps(model, x, size, prepare=lambda stored: stored):
-    """Both: stored inputs (N, C, H, W) -> (N, size, size), the error at each pixel."""
-    return heat_maps(error_maps(model, x, prepare), size)
 
 
 def gaussian_blur(maps, sigma):

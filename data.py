@@ -47,7 +47,7 @@ PLACE = re.compile(r"""(?: (?P<category>[^/]+) / )??
     (?: train / (?P<normals>good|ok|normal) | test / (?: (?P<good>good|ok|normal) | (?P<bad>[^/]+) )
       | (?:ground_truth|masks?|gt) / (?P<defect>[^/]+) (?: / (?P<image>[^/]+) )? )  # MVTec LOCO
     / [^/]+""", re.VERBOSE | re.IGNORECASE)
-SUFFIXES = set(".png .jpg .jpeg .jfif .jp2 .bmp .gif .tif .tiff .webp .tga .pgm .ppm".split())
+SUFFIXES = set(".png .jpg .jpeg .jfif .jp2 .bmp .gif .tif .tiff .webp .tga .pgm .ppm .heic".split())
 Image.MAX_IMAGE_PIXELS = 2 ** 27    # Pillow refuses more than twice as many, 16,384 x 16,384
 
 
@@ -314,7 +314,7 @@ def opened(path):
             with Image.open(path) as image:
                 yield image
     except Exception as error:                                      # of many kinds, by format
-        raise ValueError(f"{path}: not a readable image ({error}); remove it") from None
+        raise ValueError(f"{path}: not a readable image ({error}): save it as PNG") from None
 
 
 def find_white(files):

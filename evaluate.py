@@ -3,10 +3,9 @@
     python evaluate.py RUN...                           # numbers and pictures of saved runs
     python evaluate.py RUN --image FILE-OR-FOLDER...    # a verdict and a heat map for each image
 
-Every model here reconstructs its input, so one score judges them all: the L2 error between input
-and reconstruction, or how far it lies above the normals' own error at that place. AUROC is never
-flipped below .5 (the authors' UniAD code reports .222 as .778), the last epoch is reported, not the
-best on the test set, and the threshold comes from normal images alone.
+One score judges every model: the L2 error, or how far it lies above the normals' own error at that
+place. AUROC is never flipped below .5 (the authors' UniAD code reports .222 as .778), the last
+epoch counts, not the best on the test set, and the threshold comes from normal images alone.
 """
 import argparse
 import csv
@@ -20,10 +19,10 @@ import numpy as np
 import torch
 from scipy import stats
 
-from autoencoder import (PCA, ConvAutoencoder, NearestToken, anomaly_maps, aupro, auroc,
-                         average_precision, draw_columns, draw_laid_over, error_maps, gaussian_blur,
-                         heat_maps, image_scores, left_out_scores, place_statistics, promise,
-                         standardize, threshold)
+from autoencoder import (PCA, ConvAutoencoder, NearestToken, aupro, auroc, average_precision,
+                         draw_columns, draw_laid_over, error_maps, gaussian_blur, heat_maps,
+                         image_scores, left_out_scores, place_statistics, promise, standardize,
+                         threshold)
 from data import FOLDERS, list_images, load, read_image, resize, to_float, to_inputs
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
@@ -126,8 +125,8 @@ def category_scores(errors, names, c, known):
 
 def calibrate(model, c, inputs, size):
     """What judging takes from normal images, a dict: `size` of the images; `statistics` of the
-    errors by category; `thresholds`, {category: (threshold or None, number of normal images it
-    comes from)}; `color_limit`, the upper end of the heat maps' color scale."""
+    errors by category; `thresholds`, {category: (threshold or None, number of its own images)};
+    `color_limit`, the upper end of the heat maps' color scale."""
     known, scores, maps = dict(size=size, statistics={}, thresholds={}), {}, []
     standardized, left_out = c["score"] == "standardized", c["model"] == "nearest"
     needed = slice(None if standardized or left_out else 0)
@@ -143,9 +142,10 @@ def calibrate(model, c, inputs, size):
             scores[name] = left_out_scores(new)
         maps.append(heat_maps(smooth(new, c, size, 32), size))
     for name, mine in scores.items():
-        if standardized and len(mine) < 1 / c["fpr"] - 1:
+        own = len(mine)                                     # what the threshold can promise
+        if standardized and own < 1 / c["fpr"] - 1:
             mine = torch.cat(list(scores.values()))         # of one unit, so that all may serve
-        known["thresholds"][name] = (threshold(mine, c["fpr"]) if len(mine) else None, len(mine))
+        known["thresholds"][name] = (threshold(mine, c["fpr"]) if len(mine) else None, own)
     known["color_limit"] = 2 * float(np.quantile(torch.cat(maps), 0.999)) if maps[0].any() else 1.0
     return known
 
@@ -161,11 +161,12 @@ def judge(model, c, data, inputs):
     judged = Judged(maps, told, [thresholds[name][0] for name in data.categories],
                     known["color_limit"])
     m = measure(judged, data, thresholds)
-    untold = judged._replace(scores=scores.amin(1))         # where the category is not said
-    m["untold_auroc"] = measure(untold, data._replace(masks=None), thresholds)["image_auroc"]
-    raw = told if c["score"] != "standardized" else image_scores(errors, "sum")
-    m["normal_error"] = mean_of(raw[data.labels == 0])
-    m["anomaly_error"] = mean_of(raw[data.labels == 1])
+    papers = image_scores(heat_maps(errors, known["size"]), "max" if sees_features(c) else "sum")
+    no_masks = data._replace(masks=None)
+    for key, others in (("untold_auroc", scores.amin(1)), ("raw_auroc", papers)):
+        m[key] = measure(judged._replace(scores=others), no_masks, thresholds)["image_auroc"]
+    sums = image_scores(errors, "sum")
+    m["normal_error"], m["anomaly_error"] = (mean_of(sums[data.labels == i]) for i in (0, 1))
     if (c["model"], c["depth"]) == ("mlp", 1):
         m["from_identity"] = model.from_identity()
     return m, judged, known
@@ -201,8 +202,7 @@ def mean_of(values):
 # ---- what is printed and drawn ----
 
 def describe(m, fpr):
-    """Metrics as lines to print: of each category and their mean, what the thresholds do, and what
-    to know before trusting them."""
+    """Metrics as lines to print, and what to know before trusting the thresholds."""
     rows, lines = [*m["categories"].items()], [" " * 20 + "".join(f"{key:>13}" for key in METRICS)]
     for name, row in [*rows, ("mean", m)] if len(rows) > 1 else rows:
         numbers = [f"{number(row[key]):>13}" for key in METRICS]
@@ -232,13 +232,12 @@ def number(value, form=".4f"):
 
 
 def verdict(score, limit):
-    return "no verdict" if limit is None else "anomalous" if score > limit else "normal"
+    return "no verdict" if limit is None else "normal" if score <= limit else "anomalous"
 
 
 @torch.no_grad()
 def reconstruct(model, inputs, stored):
-    """What the model makes of stored inputs, as images (N, C, H, W) in [0, 1]; of features, see
-    `uniad.draw_tokens`."""
+    """Stored inputs -> their reconstructions in [0, 1]; of features, see `uniad.draw_tokens`."""
     device = next(model.parameters()).device
     y_hat = model.eval()(inputs.prepare(stored.to(device))).float()
     if inputs.images is None:
@@ -276,8 +275,8 @@ def draw_examples(path, runs, data, footer):
 
 def judge_files(run, paths, device, category, pictures):
     """A verdict, a row of RUN/judged.csv and a picture in RUN/judged for each image among files and
-    folders -> exit status: 0, 1 where one is anomalous, 2 where one could not be read. Without
-    `category` an image is of the one that it fits best."""
+    folders -> exit status: 0, 1 where one is anomalous, 2 where one has no verdict or cannot be
+    read. Without `category` an image is of the one that it fits best."""
     state, model = load_run(run, device)
     if "known" not in state:
         raise ValueError(f"{run}: its training was cut short: train.py --resume ends it")
@@ -291,8 +290,10 @@ def judge_files(run, paths, device, category, pictures):
     names = [category] if category else [*known["thresholds"]]
     for name, (limit, images) in ((name, known["thresholds"][name]) for name in names):
         print(f"threshold of {name} {number(limit)}, {promise(images, c['fpr'])}")
-    rows, folder = open_report(Path(run), pictures)
     files = list_images(paths)
+    if not files:
+        raise ValueError(f"no images in {', '.join(map(str, paths))}: nothing was judged")
+    rows, folder = open_report(Path(run), pictures)
     for start in range(0, len(files), 32):
         part = files[start:start + 32]
         readable, images = read_batch(part, state)
@@ -306,7 +307,7 @@ def judge_files(run, paths, device, category, pictures):
             print(f"{printable(file)}: {word}, score {score:.5g}, threshold {number(limit)}{of}")
             y, x = divmod(int(error.argmax()), known["size"])
             rows.writerow([file, score, limit, word, name, x / known["size"], y / known["size"]])
-            status = max(status, int(word == "anomalous"))
+            status = max(status, ("normal", "anomalous", "no verdict").index(word))
             if folder:
                 path = folder / f"{len(list(folder.iterdir())) + 1:05}-{file.name}.png"
                 draw_laid_over(path, to_float(image), error / known["color_limit"],
@@ -342,8 +343,7 @@ def read_batch(files, state):
 
 
 def open_report(run, pictures):
-    """-> a CSV writer, and the folder of the pictures or None; of a run that cannot be written to,
-    this is said, and the verdicts are printed all the same."""
+    """-> a CSV writer, and the pictures' folder or None; a read-only run is no reason to stop."""
     folder = run / "judged"
     try:
         shutil.rmtree(folder, ignore_errors=True)           # of an earlier call

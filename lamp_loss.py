@@ -7,8 +7,8 @@ scaled error is 1 at a small one and 1/eps at the largest, so the worst pixels c
     loss = ReconstructionLoss("l2", lamp=True)(y_hat, y)    # y, y_hat: (B, C, H, W) in [0, 1]
 
 What the paper leaves open is an argument here: the value of eps, what the maximum in Eq. 2 is taken
-over, and whether gradient flows through it. 24 readings were tried, five with two seeds: of these
-the default's gain repeats best (results/README.md, "Which LAMP?").
+over, and whether gradient flows through it. Of 24 readings five gain alike; the default's gain
+differs least from seed to seed (results/README.md, "Which LAMP?").
 The sum in Eq. 1 is over the elements of one image, as on the authors' poster of the paper
 (y_{h,w,c}); a batch is averaged. Run this file to draw the paper's Fig. 2: python lamp_loss.py
 
@@ -137,9 +137,10 @@ class ReconstructionLoss(nn.Module):
 class HeldLamp(nn.Module):
     """LAMP as a function of the weights, to draw (landscape.py): Eq. 2's maximum does not move.
 
-    To a training step the maximum is a constant, that at its weights; away from them errors exceed
-    it, and 1 - L' would be negative. So here it is the largest error of all points that are drawn,
-    of all images together (over="batch") or of each ("image"): `observe` every point, then call.
+    It cannot stay that of the trained weights, as in a training step: where errors exceed it, 1-L'
+    is negative. So it is the largest error of all points drawn, of all images together
+    (over="batch") or of each ("image"): `observe` every point, then call. At the trained weights,
+    where errors are smaller, the loss is then amplified less than in training.
     """
 
     def __init__(self, loss="l2", eps=0.03, over="image"):
@@ -158,7 +159,7 @@ class HeldLamp(nn.Module):
         return -torch.log1p(-scaled).sum() / len(y)
 
 
-# ---- training conditions (Sec. 3.1): optimizers, and what a step needs ----
+# ---- for train.py: the optimizers of Sec. 3.1, Muon (not the paper's), steps, checkpoints ----
 
 @torch.no_grad()
 def orthogonalize(g):
@@ -173,7 +174,7 @@ def orthogonalize(g):
     return x if g.shape[1] <= g.shape[2] else x.mT
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     """Muon (Keller Jordan 2024, github.com/KellerJordan/Muon): matrices move by orthogonal ones.
 
         M <- .95 M + .05 G
@@ -181,47 +182,42 @@ class Muon(torch.optim.Optimizer):
 
     for the weights W of the model's layers, G their gradient: convolutions as (out, in k k), and
     those named "qkv" as three. All else (queries, positions, norms, biases, and what is named
-    "project": the maps into and out of the layers) takes Adam's step, at lr / 20.
+    "project": the maps into and out of the layers) takes Adam's step, at lr / 20, without decay.
     """
 
     def __init__(self, model, lr, weight_decay):
-        by_matrices = {0: [], 1: [], 3: []}                 # how many a parameter holds
+        rest, alike = [], {}                                # weights of one shape move together
         for name, p in model.named_parameters():
             inside = name.endswith("weight") and p.dim() > 1 and "project" not in name
-            by_matrices[inside * (3 if "qkv" in name else 1)].append(p)
-        groups = [dict(params=parameters, matrices=count, lr_ratio=1.0 if count else 1 / 20)
-                  for count, parameters in by_matrices.items()]
-        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
+            matrices = 3 if "qkv" in name else 1            # how many a parameter holds
+            (alike.setdefault((matrices, p.shape), []) if inside else rest).append(p)
+        groups = [dict(params=rest, matrices=0, weight_decay=0.0, lr_ratio=1 / 20)]
+        for (matrices, _), weights in alike.items():
+            groups.append(dict(params=weights, matrices=matrices))
+        super().__init__(groups, lr, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                if group["matrices"]:
-                    self.move_matrix(p, **group)
-                else:
-                    self.move_like_adam(p, group["lr"])
+            if group["matrices"]:
+                self.move_matrices(**group)
+        super().step()                                      # what still has a gradient: the rest
 
-    def move_matrix(self, w, lr, weight_decay, matrices, **_):
-        state = self.state[w]
-        if not state:
-            state.update(momentum=torch.zeros_like(w))
-        momentum = state["momentum"].lerp_(w.grad, 0.05)
-        nesterov = w.grad.lerp(momentum, 0.95).flatten(1).unflatten(0, (matrices, -1))
-        factor = max(1, nesterov.shape[1] / nesterov.shape[2]) ** 0.5
-        w.mul_(1 - lr * weight_decay)
-        w.sub_(orthogonalize(nesterov).reshape(w.shape), alpha=lr * factor)
-
-    def move_like_adam(self, p, lr):
-        state = self.state[p]
-        if not state:
-            state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-        state["step"] += 1
-        state["mean"].lerp_(p.grad, 0.1)
-        state["square"].lerp_(p.grad.square(), 0.001)
-        mean = state["mean"] / (1 - 0.9 ** state["step"])
-        square = state["square"] / (1 - 0.999 ** state["step"])
-        p.addcdiv_(mean, square.sqrt() + 1e-8, value=-lr)
+    def move_matrices(self, params, lr, weight_decay, matrices, **_):
+        nesterov = []
+        for w in params:
+            state = self.state[w]
+            if not state:                                   # step: AdamW's load_state_dict reads it
+                state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(w))
+            momentum = state["momentum"].lerp_(w.grad, 0.05)
+            update = w.grad.lerp(momentum, 0.95)
+            nesterov.append(update.flatten(1).unflatten(0, (matrices, -1)))
+            w.grad = None                                   # so AdamW leaves it alone
+        factor = max(1, nesterov[0].shape[1] / nesterov[0].shape[2]) ** 0.5
+        moves = orthogonalize(torch.cat(nesterov)).split(matrices)
+        for w, move in zip(params, moves):
+            w.mul_(1 - lr * weight_decay)
+            w.sub_(move.reshape(w.shape), alpha=lr * factor)
 
 
 OPTIMIZERS = {                                              # (model, lr, weight decay) -> it

@@ -6,7 +6,7 @@ filter of a direction is scaled to the norm of the same filter in w, so that mod
 
     python landscape.py                a linear model's paraboloid against its closed form
     python landscape.py RUN RUN...     runs of train.py side by side, as solids and contours
-    python landscape.py --figure 1     the paper's Fig. 1: autoencoders trained with L2 and L2-LAMP
+    python landscape.py --figure 1     the paper's Fig. 1: autoencoders, L2 and L2-LAMP (`READING`)
     python landscape.py --figure 3     the paper's Fig. 3: an encoder that predicts MNIST's classes
     python landscape.py --steepness    three meanings of "steeper", measured: rows of a CSV
 
@@ -15,13 +15,14 @@ On your own model, whatever it is and however its loss is computed:
     loss_at = around(model, lambda: float(my_loss(model(x), y)), d, e)
     z = surface(loss_at, xs, ys, "my.npz")       # Ctrl-C loses nothing, a rerun goes on
 
-What is drawn is what is descended. With `detach`, as in both figures, Eq. 2's maximum is a constant
-to a training step, and held here, too: at the largest error of all points drawn, since 1 - L' must
-stay positive at each (`HeldLamp`). Otherwise, and with --maximum moving, each point has its own.
+With `detach` Eq. 2's maximum is a constant to a training step, and held here, too, at the largest
+error of all points drawn (`HeldLamp`). Without, or with --maximum moving, each has its own.
 """
 import argparse
 import itertools
 import os
+import shlex
+import sys
 import textwrap
 import time
 import zlib
@@ -161,7 +162,8 @@ def draw(path, panels, args, what, rows=1, solid=True):
         raise ValueError("the loss is not finite at some points: lower --span")
     low, high = values.min(), np.quantile(values, 0.97)
     high = high if high > low else low + 1                  # flat
-    columns, rows = len(panels) // rows, 2 if solid else rows
+    columns = len(panels) // rows
+    rows = 2 if solid else rows
     figure = Figure((4.2 * columns + 0.8, 4.0 * rows), layout="constrained")
     for n, (title, z) in enumerate(panels, 1):
         flat = figure.add_subplot(rows, columns, n + columns * solid, title="" if solid else title)
@@ -173,8 +175,8 @@ def draw(path, panels, args, what, rows=1, solid=True):
             top.set(zlim=(min(low, 0), high), xlabel="d", ylabel="e")
     colors = ScalarMappable(Normalize(low, high), "viridis")
     figure.colorbar(colors, ax=figure.axes, shrink=0.5, format="%.3g", label="loss of an image")
-    text = (f"{what}; {args.images} images; +: the trained weights; directions of seed {args.seed},"
-            f" filter-normalized; {args.grid} x {args.grid} points")
+    text = (f"{args.command}; {what}; {args.images} images; +: the trained weights; directions of "
+            f"seed {args.seed}, filter-normalized; {args.grid} x {args.grid} points")
     figure.supxlabel("\n".join(textwrap.wrap(text, 40 * columns)), fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -348,18 +350,16 @@ def parse(argv):
         help="the loss that is drawn: each run's own, or one for all (default: own)")
     add("--maximum", choices=("held", "moving"), default="held",
         help="Eq. 2's, of LAMP: of all points drawn, or of each point its own (default: held)")
-    add("--grid", type=int, help="points a side, odd (default: 31; 11 for --steepness)")
+    add("--grid", type=int, default=31, help="points a side, odd (default: 31)")
     add("--span", type=float, default=1.0, help="largest step, in weights' norms (default: 1)")
-    add("--images", type=int, help="training images the loss is of (default: 512; 128)")
+    add("--images", type=int, default=512, help="training images (default: 512)")
     add("--seed", type=int, default=0, help="of directions and a figure's training (default: 0)")
     add("--epochs", type=int, default=4, help="of a figure's training (default: 4)")
     add("--threads", type=int, default=0, help="CPU threads, 0 for all cores (default: 0)")
     add("--data-dir", help="where the data sets are (default: as in the run, or data)")
     add("--out", help="picture or CSV (default: in figures, runs/landscape, results/steepness.csv)")
     args = parser.parse_args(argv)
-    grid, images = (11, 128) if args.steepness else (31, 512)
-    args.grid = grid if args.grid is None else args.grid
-    args.images = images if args.images is None else args.images
+    args.command = shlex.join(["python", "landscape.py", *(argv or sys.argv[1:])])
     if args.grid < 3 or args.grid % 2 == 0:
         parser.error(f"--grid {args.grid}: an odd number from 3 on, so that the center is a point")
     if not 0 < args.span <= 1e3:

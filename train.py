@@ -40,9 +40,9 @@ DEFAULTS = {                                                # all that depend on
     "depth":        (4,        1,        1,        4,           4,           6,      5),
     "width":        (16,       0,        0,        256,         256,         128,    1520),
     "latent":       (None,     8,        800,      0,           0,           0,      0),
-    "steps":        (1400,     0,        0,        1500,        1500,        1500,   500),
+    "steps":        (1400,     0,        0,        1000,        1000,        1500,   500),
     "batch_size":   (32,       0,        0,        8,           8,           8,      8),
-    "lr":           (3e-3,     0.0,      0.0,      0.02,        0.02,        0.02,   0.02),
+    "lr":           (1e-3,     0.0,      0.0,      0.01,        0.01,        0.02,   0.02),
     "optimizer":    ("adam",   "adam",   "adam",   "muon",      "muon",      "muon", "muon"),
     "schedule":     ("cosine", "cosine", "cosine", WARM,        WARM,        WARM,   WARM),
     "weight_decay": (0.0,      0.0,      0.0,      1e-4,        1e-4,        1e-4,   1e-4),
@@ -54,7 +54,7 @@ DEFAULTS = {                                                # all that depend on
     "score":        ("sum",    "sum",    "mean",   "mean",      "mean",      "mean", "mean"),
 }
 ON_FOLDERS = {model: dict(score="standardized") for model in MODELS}        # there, these instead
-ON_FOLDERS["ae"] |= dict(image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3)
+ON_FOLDERS["ae"] |= dict(image_size=64, depth=5, latent=16, batch_size=8)
 ON_FOLDERS["pca"] |= dict(image_size=64)
 MAY_CHANGE = "eval_every", "pictures", "out", "data_dir", "device", "threads", "resume", "overwrite"
 CURVES = ("image_auroc", "pixel_auroc", "normal_error", "anomaly_error", "from_identity")

@@ -23,8 +23,8 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD); of the metrics
   4. neighbor mask made once, attention written out: faster, equal to 1e-6 (test_all.py)
   5. CIFAR-10: all 10,000 test images, not a random subset that changes with the seed
   6. features rounded to float16, so that cached and uncached training agree
-  7. train.py's defaults, in minutes instead of days: Muon, no dropout, and jitter 5; 20 would add a
-     variance of 400/C, 1.5 a channel, to standardized features, of which .2 is left to learn
+  7. train.py's defaults, in minutes instead of days: Muon, no dropout, and jitter 5: 20 would add
+     noise of variance 400/C, 1.5, to features of variance 1, of which models leave .2 unexplained
 """
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from torch import nn
 class Backbone(nn.Module):
     """A frozen CNN: (B, 3 or 1, S, S) in [0, 1] -> standardized features (B, C, S/16, S/16).
 
-    The outputs of its stages to stride 16 (efficientnet_b4: the slides' four blocks, 24 + 32 + 56 +
+    The outputs of its stages to stride 16 (efficientnet_b4: the paper's four blocks, 24 + 32 + 56 +
     160 = 272 channels) are resized to the last one's grid and concatenated; the rest is cut off.
     weights: "imagenet" (downloaded by torchvision), "random" (always the same), or a file;
     efficientnet_lite2 always has its ImageNet weights. Images of another size are scaled to `size`.
@@ -181,7 +181,7 @@ def neighbor_mask(height, width, size):
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d) + mask) v in heads of width d: q, k, v (B, N, D) -> (B, N, D).
 
-    The slides' one-layer form, y = softmax(q x^T / sqrt(C)) x, has the shortcut softmax(...) -> I,
+    The paper's one-layer form, y = softmax(q x^T / sqrt(C)) x, has the shortcut softmax(...) -> I,
     where each token looks at itself alone: the mask forbids it, and a learned q, which fits
     normal features, has no reason to match an anomalous one.
     """
@@ -255,7 +255,7 @@ class UniAD(nn.Module):
 
     channels: C; grid: g; neighbors: side of the neighbor mask, 0 for none; jitter: alpha, in
     training only, 0 for none. query: "layerwise" (each decoder layer learns its own), "first"
-    (layer 1 alone, later ones take the output before them) or "none" (layer 1 takes m). The slides'
+    (layer 1 alone, later ones take the output before them) or "none" (layer 1 takes m). The paper's
     Transformer is neighbors=0, jitter=0, query="first". Raises ValueError, see `neighbor_mask`.
     """
 
@@ -355,7 +355,7 @@ class FeatureMLP(nn.Module):
 
 class FeatureCNN(nn.Module):
     """3x3 convolutions: (B, C, g, g) -> (B, C, g, g). A 1x1 kernel is a fully connected layer, and
-    so is an n x n one that is 0 around its center: the same shortcut. Of UniAD's size."""
+    so is an n x n one that is 0 around its center: the same shortcut. hidden=400: UniAD's size."""
 
     def __init__(self, channels=272, hidden=400, layers=6):
         super().__init__()

@@ -113,7 +113,7 @@ def main():
     for n in (5000, 10000, 20000):              # in this order: memory is the process's peak
         x, model, start = images(n, 32), ConvAutoencoder(), time.perf_counter()
         quietly(train.fit, model, x, ReconstructionLoss(), epochs=1)
-        ev.image_scores(ev.anomaly_maps(model, x, 32, data.to_float))
+        ev.image_scores(ev.error_maps(model, x, data.to_float))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024            # on Linux
         print(f"{n:,} images: {time.perf_counter() - start:.1f} s, {peak:.0f} MB")
     bench_autoencoder()

@@ -20,23 +20,27 @@ AUTOENCODER = dict(
     schedule="cosine", weight_decay=0.0, clip=0.0, score="sum", seed=0,
     eval_every=0)
 MNIST = dict(AUTOENCODER, dataset="mnist", image_size=32, depth=4, latent=128, batch_size=32,
-             lr=3e-3, epochs=8)
+             lr=1e-3, epochs=8)
+FASTER = dict(MNIST, lr=3e-3)                               # where LAMP gains less, see rate()
 MVTEC = dict(AUTOENCODER, dataset="mvtec", image_size=128, depth=6, latent=16, batch_size=16,
              lr=1e-3, epochs=30)
+CATEGORIES = ("bottle", "capsule", "grid", "pill", "transistor")
 FEATURES = dict(
-    dataset="mvtec", normal="all", validate=False, image_size=224, backbone="efficientnet_lite2",
-    backbone_weights="imagenet", standardize=True, loss="l2", lamp=False, optimizer="adamw",
-    lr=4e-4, schedule="step", weight_decay=1e-4, clip=0.1, batch_size=8, epochs=10, amp=True,
-    dropout=0.1, score="max", seed=0, eval_every=0)
-UNIAD = dict(FEATURES, model="uniad", depth=4, neighbors=7, jitter=20.0, query="layerwise")
-MLP = dict(FEATURES, model="mlp", depth=5, neighbors=0, jitter=0.0, query="none")
-CNN = dict(MLP, model="cnn", depth=6, width=400)
-TRANSFORMER = dict(MLP, model="transformer", depth=4, query="first")
+    dataset="mvtec", normal=",".join(CATEGORIES), validate=False, image_size=224,
+    backbone="efficientnet_lite2", backbone_weights="imagenet", standardize=True, seed=0)
+RECIPE = dict(
+    FEATURES, loss="l2", lamp=False, optimizer="muon", lr=0.01, schedule="warmup-cosine",
+    weight_decay=1e-4, clip=0.0, batch_size=64, epochs=48, amp=True, dropout=0.0,
+    score="standardized", eval_every=0)
+UNIAD = dict(RECIPE, model="uniad", depth=4, neighbors=7, jitter=5.0, query="layerwise")
+NO_QUERY = dict(UNIAD, query="none")
+TRANSFORMER = dict(UNIAD, model="transformer", neighbors=0, jitter=0.0, query="first")
+MLP = dict(RECIPE, model="mlp", depth=5, width=1520)
+CNN = dict(RECIPE, model="cnn", depth=6, width=400)
+NARROW = dict(CNN, width=128)
 DIGITS = "0123456789"
-CATEGORIES = ("bottle", "capsule", "transistor")
 RATES = (                                                   # batch size, learning rate, epochs
-    (128, 3e-3, 16), (32, 3e-3, 8), (32, 1e-3, 8), (32, 1e-2, 8), (16, 3e-3, 8), (4, 1e-3, 4),
-    (1, 3e-4, 2))
+    (1024, 6e-3, 240), (128, 2e-3, 32), (32, 1e-3, 8), (16, 7e-4, 8), (4, 4e-4, 4), (1, 2e-4, 2))
 
 
 def reading():
@@ -52,7 +56,7 @@ def reading():
     for seed in (0, 1):
         for normal in DIGITS:
             for lamp in readings if seed == 0 and normal in "2358" else best:
-                yield dict(MNIST, validate=True, normal=normal, seed=seed, eval_every=2, **lamp)
+                yield dict(FASTER, validate=True, normal=normal, seed=seed, eval_every=2, **lamp)
 
 
 def tuning():
@@ -64,17 +68,26 @@ def tuning():
     for number, (batch_size, lr, epochs) in enumerate(cells):
         for normal in "58":
             for lamp in (PLAIN, FREE, LAMP) if number < 14 else (PLAIN, FREE):
-                yield dict(MNIST, validate=True, normal=normal, batch_size=batch_size, lr=lr,
+                yield dict(FASTER, validate=True, normal=normal, batch_size=batch_size, lr=lr,
                            epochs=epochs, eval_every=max(1, epochs // 4), **lamp)
 
 
-def table1():
-    """LAMP on MNIST by batch size: the paper's Table 1, but for 1024"""
-    for batch_size, lr, epochs in RATES:
+def rate():
+    """the default's learning rate, on training images: ten digits, two seeds"""
+    for seed in (0, 1):
         for normal in DIGITS:
             for lamp in (PLAIN, LAMP):
-                yield dict(MNIST, normal=normal, batch_size=batch_size, lr=lr, epochs=epochs,
-                           **lamp)
+                yield dict(MNIST, validate=True, normal=normal, seed=seed, eval_every=2, **lamp)
+
+
+def table1():
+    """LAMP on MNIST by batch size: the paper's Table 1"""
+    for batch_size, lr, epochs in RATES:
+        for seed in (0, 1, 2) if batch_size == 32 else (0,):
+            for normal in DIGITS if batch_size < 1024 else "012":
+                for lamp in (PLAIN, LAMP):
+                    yield dict(MNIST, normal=normal, batch_size=batch_size, lr=lr, epochs=epochs,
+                               seed=seed, eval_every=max(2, epochs // 8) if seed else 0, **lamp)
 
 
 def pca():
@@ -88,25 +101,23 @@ def pca():
 
 
 def capacity():
-    """LAMP by the width of the code; the widest is judged after each epoch"""
-    for latent in (128, 8, 32, 2):
+    """LAMP by the width of the code; the natural one, 2x2x128, is in table1"""
+    for latent in (8, 32, 2, 64, 16, 4):
         for normal in DIGITS:
-            for lamp in (PLAIN, LAMP, FREE) if latent == 128 else (PLAIN, LAMP):
-                yield dict(MNIST, normal=normal, latent=latent,
-                           eval_every=1 if latent == 128 else 0, **lamp)
+            for lamp in (PLAIN, LAMP):
+                yield dict(MNIST, normal=normal, latent=latent, **lamp)
 
 
 def logarithm():
-    """is it the logarithm? Eq. 2 alone (log=False, see sweep.py) beside L2 and LAMP"""
+    """is it the logarithm? Eq. 2 alone (log=False, see sweep.py); L2 and LAMP are in table1"""
     for normal in DIGITS:
-        for lamp in (PLAIN, dict(LAMP, log=True), dict(LAMP, log=False)):
-            yield dict(MNIST, normal=normal, **lamp)
+        yield dict(MNIST, normal=normal, **LAMP, log=False)
 
 
 def table2():
     """LAMP on MVTec AD by base loss, optimizer, learning rate: the paper's Table 2"""
     rates = dict(sgd=(0.03, 0.3, 3.0), rmsprop=(3e-4, 1e-3, 3e-3), adam=(3e-4, 1e-3, 3e-3))
-    for normal in CATEGORIES:
+    for normal in ("bottle", "capsule", "transistor"):
         for loss in ("l2", "l1", "ssim"):
             for optimizer in rates:
                 for lr in rates[optimizer]:
@@ -115,35 +126,62 @@ def table2():
                                    **lamp)
 
 
-def unified():
-    """one UniAD for three categories, with and without LAMP, and one for each category"""
-    for lamp in (PLAIN, GENTLE):
+def settled():
+    """LAMP on five categories of MVTec AD, small images and many steps; and PCA"""
+    small = dict(MVTEC, image_size=64, depth=5, batch_size=8, score="standardized")
+    for epochs, seeds in ((100, (0, 1, 2)), (300, (0,))):
+        for seed in seeds:
+            for normal in CATEGORIES:
+                for lamp in (PLAIN, LAMP):
+                    yield dict(small, normal=normal, epochs=epochs, seed=seed, **lamp)
+    for normal in CATEGORIES:
+        yield dict(dataset="mvtec", normal=normal, validate=False, model="pca", latent=128,
+                   image_size=64, score="standardized", seed=0, eval_every=0)
+
+
+def minutes():
+    """what minutes of one core give on five categories: two models, with and without LAMP"""
+    for lamp in (PLAIN, LAMP):
+        yield dict(NO_QUERY, batch_size=8, epochs=8, **lamp)
         for seed in (0, 1, 2):
-            yield dict(UNIAD, seed=seed, eval_every=0 if seed else 2, **lamp)
-        for lr in (2e-4, 8e-4):
-            yield dict(UNIAD, lr=lr, **lamp)
-    for normal in CATEGORIES:
-        yield dict(UNIAD, normal=normal)
+            yield dict(NARROW, batch_size=8, lr=0.02, epochs=12, seed=seed, **lamp)
 
 
-def shortcut():
-    """does a model that may copy its input learn to? deep ones, longer, and a single layer"""
-    yield dict(MLP, eval_every=1)
-    yield dict(CNN, eval_every=1)
-    yield dict(TRANSFORMER, eval_every=2)
-    for normal in CATEGORIES:
-        yield dict(MLP, normal=normal, eval_every=2)
-    for model in (MLP, CNN):
-        yield dict(model, epochs=20, eval_every=5)
-    yield dict(UNIAD, epochs=15, eval_every=3)
-    yield dict(MLP, depth=1, epochs=100, eval_every=10)
+def unified():
+    """one model for five categories, longer: UniAD, its parts, baselines, LAMP"""
+    for model in (UNIAD, NO_QUERY, NARROW, MLP):
+        yield dict(model)
+        yield dict(model, seed=1)
+    yield dict(NARROW, seed=2)
+    yield dict(TRANSFORMER)
+    for model in (dict(UNIAD, **LAMP), dict(UNIAD, **GENTLE), dict(NO_QUERY, **LAMP)):
+        yield model
+    for latent in (2, 30, 100, 400):
+        yield dict(FEATURES, model="pca", latent=latent, score="standardized", eval_every=0)
+    yield dict(FEATURES, model="nearest", latent=1000, turns=1, score="standardized", eval_every=0)
 
 
 def parts():
-    """UniAD without its neighbor mask, with one query, without jitter"""
+    """UniAD without its neighbor mask, with one query, without jitter; and so without queries"""
     yield dict(UNIAD, neighbors=0)
     yield dict(UNIAD, query="first")
     yield dict(UNIAD, jitter=0.0)
+    yield dict(NO_QUERY, neighbors=0)
+
+
+def shortcut():
+    """does a model that may copy its input learn to? long, and a single layer"""
+    for model in (MLP, NARROW):
+        yield dict(model, batch_size=16, epochs=100, eval_every=20)
+    yield dict(MLP, depth=1, batch_size=16, epochs=100, eval_every=10)
+
+
+def cifar10():
+    """UniAD on a sample of CIFAR-10, the first of the slides' four splits"""
+    options = dict(dataset="cifar10", normal="0,1,2,3,4", score="mean")
+    yield dict(UNIAD, **options)
+    yield dict(NO_QUERY, **options)
+    yield dict(FEATURES, **options, model="pca", latent=30, turns=1, eval_every=0)
 
 
 def photos():
@@ -167,8 +205,8 @@ def photos():
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
-    reading, tuning, table1, pca, capacity, logarithm, table2, unified, shortcut, parts,
-    photos)}
+    reading, tuning, rate, table1, pca, capacity, logarithm, table2, settled, minutes, unified,
+    parts, shortcut, cifar10, photos)}
 WITH_PULL_AND_SPREAD = ("table1", "table2")
 
 

@@ -5,7 +5,7 @@
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
     python results/figures.py verdicts OUT.jpg RUN...   a row a run: test images with heat maps
     python results/figures.py copying OUT.png           AUROC over epochs and over training error,
-                                                        from results/capacity.csv
+                                                        from results/table1.csv
 To be run in the repository's folder, after the runs have been made (results/sweep.py).
 """
 import argparse
@@ -103,37 +103,36 @@ def curves(out, runs, data_dir=None):
 
 
 def equal_error(plain, lamp):
-    """Curves of one class, [(training error, AUROC)] by epochs -> by how much LAMP is ahead at its
-    end of L2 when that had the same training error; None where it never had."""
-    error, auroc = lamp[-1]
-    errors, aurocs = zip(*sorted(plain))                    # between epochs: on a line
+    """Curves of one class, [(epoch, training error, AUROC)] -> by how much LAMP is ahead at its end
+    of L2 when that had the same training error; None where it never had."""
+    _, error, auroc = lamp[-1]
+    errors, aurocs = zip(*sorted(point[1:] for point in plain))     # between epochs: on a line
     inside = errors[0] <= error <= errors[-1]
     return auroc - np.interp(error, errors, aurocs) if inside else None
 
 
 def copying(out, runs, data_dir=None):
-    """In the natural width: does AUROC fall as a model learns to copy? And at equal copying, who
-    detects more? Mean curves, and a line for each reading at equal training error."""
-    curves = defaultdict(lambda: defaultdict(list))         # {reading: {class and seed: curve}}
-    for row in map(with_setting, read("capacity")):
-        if row["latent"] == 128:
-            reading = "L2"
-            if row["lamp"]:
-                kept = "held constant" if row["detach"] else "not held"
-                reading = f"L2-LAMP, maximum over the {row['over']}, {kept}, eps {row['eps']}"
-            curve = curves[reading][row["category"], row["seed"]]
-            curve.append((row["base_error"], row["image_auroc"]))
+    """At 2x2x128, batch size 32: does AUROC fall as a model learns to copy? And at equal copying,
+    who detects more? Mean curves, and a line of print at equal training error."""
+    curves = {"L2": defaultdict(list), "L2-LAMP": defaultdict(list)}    # {class and seed: curve}
+    for row in map(with_setting, read("table1")):
+        if row["batch_size"] == 32 and row["seed"] > 0:     # judged on the way
+            curve = curves["L2-LAMP" if row["lamp"] else "L2"][row["category"], row["seed"]]
+            curve.append((row["epoch"], row["base_error"], row["image_auroc"]))
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     over_epochs, over_error = figure.subplots(1, 2, sharey=True)
-    for reading, of_classes in curves.items():
-        errors, aurocs = np.mean([*of_classes.values()], axis=0).T
-        over_epochs.plot(range(1, len(aurocs) + 1), aurocs, "o-", markersize=4, label=reading)
+    for loss, of_classes in curves.items():
+        epochs, errors, aurocs = np.mean([*of_classes.values()], axis=0).T
+        over_epochs.plot(epochs, aurocs, "o-", markersize=4, label=loss)
         over_error.plot(errors, aurocs, "o-", markersize=4)
-        if reading != "L2":
-            ahead = [equal_error(curves["L2"][key], curve) for key, curve in of_classes.items()]
-            ahead = [gain for gain in ahead if gain is not None]
-            print(f"{reading}: at equal training error {mean_and_interval(ahead, '+')}, ahead in "
-                  f"{sign_test(ahead)[0]}")
+    ahead = defaultdict(list)                               # {class: its seeds'}
+    for key, curve in curves["L2-LAMP"].items():
+        gain = equal_error(curves["L2"][key], curve)
+        if gain is not None:
+            ahead[key[0]].append(gain)
+    means = [np.mean(gains) for gains in ahead.values()]
+    print(f"L2-LAMP at equal training error: {mean_and_interval(means, '+')}, ahead on "
+          f"{sign_test(means)[0]} digits")
     over_epochs.set(xlabel="epoch", ylabel="image AUROC, mean over the digits")
     over_error.set(xlabel="training error (squared, a pixel): falls to the right", xscale="log")
     over_error.invert_xaxis()
@@ -153,7 +152,7 @@ def main(argv=None):
     add("--data-dir", help="where the data sets are (default: where the run found them)")
     args = parser.parse_args(argv)
     if bool(args.runs) == (args.figure == "copying"):
-        parser.error("name runs, but none for copying, which reads results/capacity.csv")
+        parser.error("name runs, but none for copying, which reads results/table1.csv")
     draw = dict(examples=examples, curves=curves, verdicts=verdicts, copying=copying)[args.figure]
     try:
         draw(args.out, args.runs, args.data_dir)

@@ -9,6 +9,7 @@ no independent sample of categories, so its mean over seeds is taken first. Then
                   a split at least as uneven? Ties are left out; empty below two pairs
 """
 import csv
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def with_setting(row):
     setting = "unified" if classes == "all" or "," in classes else "separate"
     lamp = bool(row.get("lamp"))
     void = {} if lamp else dict.fromkeys(OF_LAMP)
-    return {**row, **void, "lamp": lamp, "setting": setting}
+    return {**dict.fromkeys(OF_LAMP), **row, **void, "lamp": lamp, "setting": setting}
 
 
 def counts(row, metric, each_epoch):
@@ -80,25 +81,41 @@ def sort_key(values):
 def cells_of(rows, keys, metric, over):
     """Rows -> {values of the options `keys`: (without LAMP, with LAMP)}, each {category: mean over
     all that `keys` does not tell apart}, over="seeds": {seed: mean}. The plain runs are those that
-    the runs with LAMP are compared with, whatever the options of LAMP are."""
-    lists = defaultdict(lambda: (defaultdict(list), defaultdict(list)))
+    the runs with LAMP are compared with, whatever the options of LAMP are; runs of a seed and
+    category that only one side has are left out."""
+    unit, other = UNITS[over], UNITS["seeds" if over == "categories" else "categories"]
+    cells = defaultdict(lambda: (defaultdict(list), defaultdict(list)))     # {(unit, other): []}
     for row in rows:
         if counts(row, metric, "epoch" in keys):
             if unknown := [key for key in keys if key not in row]:
                 raise ValueError(f"no option {', '.join(unknown)} here; there are {', '.join(row)}")
             values = tuple(row[key] for key in keys)
-            lists[values][row["lamp"]][row[UNITS[over]]].append(row[metric])
-    if not lists:
+            cells[values][row["lamp"]][row[unit], row[other]].append(row[metric])
+    if not cells:
         raise ValueError(f"no run with {metric} here")
-    cells = {}
-    for values in sorted(lists, key=sort_key):
-        plain, lamp = ({unit: float(np.mean(numbers)) for unit, numbers in side.items()}
-                       for side in lists[values])
-        partner = tuple(None if key in OF_LAMP else value for key, value in zip(keys, values))
-        if not plain and partner in cells:                  # None sorts first
-            plain = {unit: cells[partner][0][unit] for unit in lamp if unit in cells[partner][0]}
-        cells[values] = plain, lamp
-    return cells
+    compared = {}
+    for values in sorted(cells, key=sort_key):
+        plain, lamp = cells[values]
+        partner = without_lamp(keys, values)
+        if not plain and partner in cells:
+            plain = cells[partner][0]
+        both = plain.keys() & lamp.keys() or plain.keys() | lamp.keys()
+        compared[values] = means_of(plain, both), means_of(lamp, both)
+    return compared
+
+
+def without_lamp(keys, values):
+    """The values of the plain runs that runs with these values are compared with."""
+    return tuple(None if key in OF_LAMP else value for key, value in zip(keys, values))
+
+
+def means_of(runs, kept):
+    """{(unit, other): numbers} -> {unit: mean over the `kept` ones}."""
+    lists = defaultdict(list)
+    for key, numbers in runs.items():
+        if key in kept:
+            lists[key[0]] += numbers
+    return {unit: float(np.mean(numbers)) for unit, numbers in lists.items()}
 
 
 def pick(settings, category, chosen_on):
@@ -124,8 +141,9 @@ def best_cells(rows, keys, metric, options, chosen_on):
     best = defaultdict(lambda: ({}, {}))
     for values, group in groups.items():
         for side in (0, 1):
-            for category in dict.fromkeys(name for cell in group for name in cell[side]):
-                settings = [cell[side] for cell in group if category in cell[side]]
+            sides = [cell[side] for cell in group]
+            for category in dict.fromkeys(itertools.chain(*sides)):
+                settings = [values for values in sides if category in values]
                 known = {**dict(zip(kept, values)), "category": category}
                 place = tuple(known[key] for key in keys)
                 best[place][side][category] = pick(settings, category, chosen_on)[category]
@@ -135,11 +153,13 @@ def best_cells(rows, keys, metric, options, chosen_on):
 def cells_for(experiments, keys, metric="image_auroc", best_of=(), chosen_on="itself",
               over="categories", where=()):
     """What a table is made of, from the experiments' names on; where: {option: allowed values}."""
-    rows = [with_setting(row) for name in experiments for row in read(name)]
+    rows = [with_setting(row) for row in itertools.chain(*map(read, experiments))]
     for option, allowed in dict(where).items():
         if option not in rows[0]:
             raise ValueError(f"--where: no {option} here; there are {', '.join(rows[0])}")
         rows = [row for row in rows if row.get(option) in allowed]
+        if not rows:
+            raise ValueError(f"--where: no run has {option} {' or '.join(map(str, allowed))}")
     if best_of:
         return best_cells(rows, keys, metric, best_of, chosen_on)
     return cells_of(rows, keys, metric, over)

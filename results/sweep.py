@@ -28,8 +28,9 @@ from experiments import (EXPERIMENTS, WITH_PULL_AND_SPREAD, WithoutLogarithm, ar
                          pull_and_spread, some_photos)
 
 RESULTS = Path(__file__).resolve().parent
-METRICS = tuple("image_auroc image_ap pixel_auroc pixel_aupro threshold fpr tpr normal_error "
-                "anomaly_error pull spread from_identity base_error seconds".split())
+METRICS = ("image_auroc", "untold_auroc", "raw_auroc", "image_ap", "pixel_auroc", "pixel_aupro",
+           "threshold", "fpr", "tpr", "normal_error", "anomaly_error", "pull", "spread",
+           "from_identity", "base_error", "seconds")
 ALWAYS = ("--fpr", "0.05", "--threads", "1", "--no-pictures")
 
 
@@ -37,17 +38,20 @@ ALWAYS = ("--fpr", "0.05", "--threads", "1", "--no-pictures")
 
 def columns_of(runs):
     """The names of the options that differ among the runs, and last the seed."""
-    keys = dict.fromkeys(["dataset", "normal", *(key for run in runs for key in run)])
-    values = {key: {run[key] for run in runs if key in run} for key in keys}
+    values = {"dataset": set(), "normal": set()}            # these two first
+    for run in runs:
+        for key, value in run.items():
+            values.setdefault(key, set()).add(value)
     apart = ("seed", "eval_every")                          # the latter changes no number
-    return [*(key for key in keys if key not in apart and len(values[key]) > 1), "seed"]
+    return [*(key for key in values if key not in apart and len(values[key]) > 1), "seed"]
 
 
 def shared_options(runs):
-    """What all runs have in common, as text: {option: value}. One that only some runs have is
-    shared as well: LAMP's options say nothing about a run without it."""
-    apart = {*columns_of(runs), "eval_every"}
-    return {key: str(run[key]) for run in runs for key in run if key not in apart}
+    """The options that do not differ among the runs that have them, {option: text}."""
+    options, apart = {}, {*columns_of(runs), "eval_every"}
+    for run in runs:
+        options |= run
+    return {key: str(value) for key, value in options.items() if key not in apart}
 
 
 def name_of(options, columns):
@@ -105,10 +109,8 @@ def write_csv(path, name, versions, rows):
 # ---- one run, in a worker ----
 
 def make_run(experiment, options, out, argv):
-    """One run, from its options to its rows -> rows, the versions it was made with.
-
-    What it prints goes to log.txt, with the traceback where it fails. Raises RuntimeError then.
-    """
+    """One run -> its rows, and the versions it was made with. What it prints goes to log.txt, with
+    the traceback where it fails (RuntimeError)."""
     log = Path(out, "log.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -120,7 +122,6 @@ def make_run(experiment, options, out, argv):
 
 
 def train_and_measure(experiment, options, out, argv):
-    """As make_run."""
     import evaluate                                         # in workers alone, once each
     import train
     arguments = [*ALWAYS, *argv_of(options), "--out", out, *argv]
@@ -284,8 +285,7 @@ def main(argv=None):
     add("--device", default="cpu", help="default: cpu")
     args = parser.parse_args(argv)
     if args.name is None:
-        list_experiments()
-        raise SystemExit(0)
+        raise SystemExit(list_experiments())
     places = ["--data-dir", args.data_dir, "--device", args.device]
     try:
         failed = sweep(args.name, args.only, args.processes, places)

@@ -21,13 +21,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pairs import (OF_LAMP, RESULTS, UNITS, cells_for, differences, interval, mean_and_interval,
-                   parse, read, sign_test)
+                   parse, read, sign_test, without_lamp)
 
 WORDS = {                                                   # of options and metrics, in pictures
     "loss": "{}", "optimizer": "{}", "model": "{}", "setting": "{}", "latent": "code 2x2x{}",
     "over": "maximum over the {}", "image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC",
-    "pixel_aupro": "AUPRO", "base_error": "training error", "normal_error": "error of test normals",
-    "anomaly_error": "error of test anomalies", "from_identity": "distance from the identity"}
+    "pixel_aupro": "AUPRO", "untold_auroc": "image AUROC, category not told",
+    "raw_auroc": "image AUROC by the paper's score", "base_error": "training error",
+    "normal_error": "error of test normals", "anomaly_error": "error of test anomalies",
+    "from_identity": "distance from the identity"}
+X_LABELS = {"latent": "channels of the 2x2 code", "lr": "learning rate"}
 NAMES = {"l1": "L1", "l2": "L2", "ssim": "SSIM", "sgd": "SGD", "rmsprop": "RMSprop", "adam": "Adam",
          "uniad": "UniAD", "mlp": "MLP", "cnn": "CNN", "transformer": "Transformer"}
 GAINS = {                                                   # where LAMP was tried
@@ -75,16 +78,16 @@ def with_paper(values, *words):
 def table(cells, keys, metric, over="categories"):
     """Cells -> a Markdown table: without LAMP, with it, and their difference.
 
-    A row of plain runs that only repeats what the rows with LAMP are compared with is left out.
+    A row of plain runs that rows with LAMP are compared with is left out.
     """
     if keys == ["category"] and over == "categories":
         sides = zip(*cells.values())
         cells = {**cells, ("mean",): [merged(side) for side in sides]}
     with_lamp = any(lamp for _, lamp in cells.values())
-    compared = [plain for plain, lamp in cells.values() if lamp]
+    compared = [without_lamp(keys, values) for values, (_, lamp) in cells.items() if lamp]
     lines = []
     for values, (plain, lamp) in cells.items():
-        if not lamp and plain in compared:
+        if not lamp and values in compared:
             continue
         gains = differences((plain, lamp))
         line = ["" if value is None else value for value in values]
@@ -190,7 +193,7 @@ def draw(path, tables, keys, command):
         panels[-1].axhline(0, color="black", linewidth=0.8)
         draw_gain_lines(panels[-1], gains, colors, factor)
     for panel in panels:
-        panel.set_xlabel(keys[0].replace("_", " "))
+        panel.set_xlabel(X_LABELS.get(keys[0], keys[0].replace("_", " ")))
         if factor:
             panel.set_xscale("log", base=2)
             panel.set_xticks(ticks, ticks)

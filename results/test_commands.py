@@ -18,8 +18,10 @@ import figures
 import landscape
 import train
 import uniad
+from data import to_float
 from lamp_loss import lamp
-from test_all import FOLDER, TINY, call, close, make_folder, seeded_and_in_an_empty_folder
+from test_all import (FOLDER, TINY, call, close, make_folder, seeded_and_in_an_empty_folder,
+                      trained)
 
 
 def test_malformed_commands_end_with_status_2_never_a_traceback():
@@ -104,15 +106,37 @@ def test_neighbors_that_hide_everything_are_refused_and_a_heat_map_meets_the_cor
     assert math.isclose(float(maps.max()), float(errors.max()), rel_tol=1e-6)
 
 
+def test_untold_and_raw_auroc_are_of_the_least_standardized_score_and_of_the_plain_sum():
+    make_folder()
+    model, d, inputs, m = trained(FOLDER)
+    normals, errors = (ev.error_maps(model, x, to_float) for x in (inputs.train, inputs.test))
+    normals, blurred = (ev.gaussian_blur(e, 0.5) for e in (normals, errors))
+    names = {name: ev.of_category(inputs.train_classes, name) for name in m["categories"]}
+    z = [ev.standardize(blurred, ev.place_statistics(normals[mine])) for mine in names.values()]
+    as_each = [of_one.flatten(1).sort(1).values[:, -26:].mean(1) for of_one in z]   # 2.5 %
+    for key, scores in (("untold_auroc", torch.minimum(*as_each)),
+                        ("raw_auroc", errors.sum((1, 2)))):
+        found = []
+        for name in names:
+            mine = ev.of_category(d.categories, name)
+            found.append(ev.auroc(scores[mine], d.labels[mine]))
+        assert math.isclose(m[key], np.mean(found), abs_tol=1e-6)
+    for label, key in enumerate(("normal_error", "anomaly_error")):
+        close(torch.tensor(m[key]), errors.sum((1, 2))[d.labels == label].mean(), 1e-4)
+
+
 def test_at_equal_training_error_lamp_is_compared_with_a_point_on_l2_s_curve(monkeypatch):
-    plain = [(4.0, 0.8), (2.0, 0.7), (1.0, 0.6)]            # by epochs: (training error, AUROC)
-    close(torch.tensor(figures.equal_error(plain, [(9.0, 0.1), (1.5, 0.75)])), torch.tensor(0.1))
+    plain = [(2, 4.0, 0.8), (4, 2.0, 0.7), (6, 1.0, 0.6)]   # epoch, training error, AUROC
+    gain = figures.equal_error(plain, [(2, 9.0, 0.1), (4, 1.5, 0.75)])
+    close(torch.tensor(gain), torch.tensor(0.1))
     for never in (4.5, 0.9):
-        assert figures.equal_error(plain, [(never, 0.9)]) is None
-    rows = [dict(latent=128, lamp=lamp, over="image" * lamp, eps=0.1 * lamp or "", detach=lamp,
-                 seed=0, category=3, normal=3, epoch=epoch, base_error=error, image_auroc=auroc)
-            for lamp, curve in ((0, plain), (1, [(3.0, 0.7), (2.5, 0.8), (1.5, 0.75)]))
-            for epoch, (error, auroc) in enumerate(curve, 1)]
-    monkeypatch.setattr(figures, "read", lambda name: rows)
-    assert "at equal training error +0.1000, ahead in 1 of 1" in call(figures.main, "copying z.png")
+        assert figures.equal_error(plain, [(2, never, 0.9)]) is None
+    rows = [dict(batch_size=32, lamp=lamp, seed=1, category=3, normal=3, epoch=epoch,
+                 base_error=error, image_auroc=auroc)
+            for lamp, curve in ((0, plain), (1, [(2, 3.0, 0.7), (4, 2.5, 0.8), (6, 1.5, 0.75)]))
+            for epoch, error, auroc in curve]
+    unlike = [{**rows[0], "batch_size": 16}, {**rows[0], "seed": 0}]        # not in the figure
+    monkeypatch.setattr(figures, "read", lambda name: [*rows, *unlike])
+    text = call(figures.main, "copying z.png")
+    assert "at equal training error: +0.1000, ahead on 1 of 1 digits" in text
     assert "name runs" in call(figures.main, "copying z.png run", 2)
