@@ -43,8 +43,8 @@ def examples(out, runs, data_dir):
 
 
 def verdicts(out, runs, data_dir):
-    """A row a run: two normals that pass and five anomalies that are found, the middle of each fifth
-    of these by score, with the heat map laid over; at the left, how many are found of all."""
+    """A row a run: two normals that pass and five anomalies that are found, the middle of each
+    fifth of these by score, with the heat map laid over; at the left, how many there are of all."""
     sys.path.insert(0, str(ROOT))
     import evaluate as ev
     from autoencoder import lay_over

@@ -1,8 +1,7 @@
 """Tables: the tables and pictures of results/README.md, from the CSV files beside it.
 
-    python results/tables.py table1 --rows loss,batch_size
+    python results/tables.py table1 --rows loss,batch_size --picture table1.png
     python results/tables.py table2 --rows loss,optimizer --best-of lr --metric pixel_auroc
-    python results/tables.py capacity --rows latent,over,eps --picture capacity.png
     python results/tables.py gains --picture gains.png              LAMP's gain in all settings
     python results/tables.py steepness                              of the loss landscape
 
@@ -25,6 +24,7 @@ from pairs import (OF_LAMP, RESULTS, UNITS, cells_for, differences, interval, me
 
 WORDS = {                                                   # of options and metrics, in pictures
     "loss": "{}", "optimizer": "{}", "model": "{}", "setting": "{}", "latent": "code 2x2x{}",
+    "epochs": "{} epochs", "query": "queries: {}",
     "over": "maximum over the {}", "image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC",
     "pixel_aupro": "AUPRO", "untold_auroc": "image AUROC, category not told",
     "raw_auroc": "image AUROC by the paper's score", "base_error": "training error",
@@ -34,13 +34,17 @@ X_LABELS = {"latent": "channels of the 2x2 code", "lr": "learning rate"}
 NAMES = {"l1": "L1", "l2": "L2", "ssim": "SSIM", "sgd": "SGD", "rmsprop": "RMSprop", "adam": "Adam",
          "uniad": "UniAD", "mlp": "MLP", "cnn": "CNN", "transformer": "Transformer"}
 GAINS = {                                                   # where LAMP was tried
-    "MNIST, one digit normal (10 digits)": dict(
+    "MNIST, autoencoder with a code of 2x2x128 (10 digits; 1024: 3)": dict(
         experiments=["table1"], keys=["loss", "batch_size"]),
-    "MVTec AD, autoencoder, batch size 16 (3 categories)": dict(
-        experiments=["table2"], keys=["loss", "optimizer"], best_of=["lr"]),
-    "MVTec AD, one UniAD for 3 categories (3 seeds)": dict(
-        experiments=["unified"], keys=["model"], over="seeds",
-        where={"normal": ["all"], "lr": [4e-4]})}
+    "MNIST, autoencoder with a narrower code, batch size 32 (10 digits)": dict(
+        experiments=["capacity"], keys=["latent"]),
+    "MVTec AD, autoencoder of 64 x 64 pixels (5 categories)": dict(
+        experiments=["settled"], keys=["epochs"], where={"model": ["ae"]}),
+    "MVTec AD, one model of CNN features, minutes of one core (5 categories)": dict(
+        experiments=["minutes"], keys=["model", "query"], where={"setting": ["unified"]}),
+    "MVTec AD, one UniAD, 816 steps of batch size 64 (5 categories)": dict(
+        experiments=["unified"], keys=["model", "query"],
+        where={"model": ["uniad"], "over": [None, "image"]})}
 COMPARED = {"a": "(a) the L2 model seen through LAMP",
             "b": "(b) each model under its own loss, as in the paper",
             "c": "(c) both models under L2"}
