@@ -314,7 +314,7 @@ def opened(path):
             with Image.open(path) as image:
                 yield image
     except Exception as error:                                      # of many kinds, by format
-        raise ValueError(f"{path}: not a readable image ({error}): save it as PNG") from None
+        raise ValueError(f"{path}: not a readable image ({error}); use PNG or JPEG") from None
 
 
 def find_white(files):

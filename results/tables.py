@@ -37,7 +37,7 @@ GAINS = {                                                   # where LAMP was tri
     "MNIST, autoencoder with a code of 2x2x128 (10 digits; 1024: 3)": dict(
         experiments=["table1"], keys=["loss", "batch_size"]),
     "MNIST, autoencoder with a narrower code, batch size 32 (10 digits)": dict(
-        experiments=["capacity"], keys=["latent"]),
+        experiments=["capacity"], keys=["latent"], where={"lr": [1e-3]}),
     "MVTec AD, autoencoder of 64 x 64 pixels (5 categories)": dict(
         experiments=["settled"], keys=["epochs"], where={"model": ["ae"]}),
     "MVTec AD, one model of features, minutes (5 categories; UniAD without queries)": dict(
