@@ -80,8 +80,8 @@ def open_data(c, device="cpu", state=None):
 
 
 def load_run(path, device="cpu"):
-    """A run's folder -> (state, the dict in its model.pt; model); nothing in it is executed. Raises
-    FileNotFoundError, and ValueError: damaged, of another version, another model's tensors."""
+    """A run's folder -> state, the dict in its model.pt, and model; nothing in it is executed.
+    Raises FileNotFoundError, ValueError (damaged, of another version, another model's tensors)."""
     path = Path(path) / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run is a folder that train.py wrote")
@@ -205,14 +205,16 @@ def describe(m, fpr):
     """Metrics as lines to print, and what to know before trusting the thresholds."""
     rows, lines = [*m["categories"].items()], [" " * 20 + "".join(f"{key:>13}" for key in METRICS)]
     for name, row in [*rows, ("mean", m)] if len(rows) > 1 else rows:
-        numbers = [f"{number(row[key]):>13}" for key in METRICS]
-        lines.append(f"{printable(name)[:19]:<20}{''.join(numbers)}")
+        numbers = "".join(f"{number(row[key]):>13}" for key in METRICS)
+        lines.append(f"{printable(name)[:19]:<20}{numbers}")
     if m["image_auroc"] is None:
         lines.append("-: a metric needs both normal and anomalous test images")
     for name, row in rows:
         lines.append(f"threshold of {name} {number(row['threshold'])}, "
-                     f"{promise(row['threshold_images'], fpr)}; of the test set "
-                     f"{number(row['fpr'])} of the normal, {number(row['tpr'])} of the anomalous")
+                     f"{promise(row['threshold_images'], fpr)}")
+        for key, kind in (("fpr", "normal"), ("tpr", "anomalous")):
+            if row[key] is not None:
+                lines[-1] += f"; {row[key]:.4f} of the {kind} test images exceed it"
         above, normals = round((row["fpr"] or 0) * row["normals"]), row["normals"]
         if normals and stats.binomtest(above, normals, fpr, "greater").pvalue < 0.01:
             lines.append(f"WARNING: {above} of {normals} normal test images of {name} exceed it: "
@@ -249,9 +251,7 @@ def reconstruct(model, inputs, stored):
 
 def draw_examples(path, runs, data, footer):
     """The paper's Fig. 4: four normals and four anomalies, from the smallest score to the largest.
-
-    runs: {name: (model, inputs, judged)}; the first decides the order, titles and color scale.
-    """
+    runs: {name: (model, inputs, judged)}; the first decides the order, titles and color scale."""
     judged = next(iter(runs.values()))[2]
     order, picked = judged.scores.argsort(), []
     for label in (0, 1):
@@ -274,9 +274,8 @@ def draw_examples(path, runs, data, footer):
 # ---- new images ----
 
 def judge_files(run, paths, device, category, pictures):
-    """A verdict, a row of RUN/judged.csv and a picture in RUN/judged for each image among files and
-    folders -> exit status: 0, 1 where one is anomalous, 2 where one has no verdict or cannot be
-    read. Without `category` an image is of the one that it fits best."""
+    """A verdict, a row of RUN/judged.csv and a picture in RUN/judged for each image in files and
+    folders -> exit status: 0; 1: one is anomalous; 2: one has no verdict or cannot be read."""
     state, model = load_run(run, device)
     if "known" not in state:
         raise ValueError(f"{run}: its training was cut short: train.py --resume ends it")
@@ -288,7 +287,8 @@ def judge_files(run, paths, device, category, pictures):
     if category not in (None, *known["thresholds"]):
         raise ValueError(f"--category {category}: {run} knows {', '.join(known['thresholds'])}")
     names = [category] if category else [*known["thresholds"]]
-    for name, (limit, images) in ((name, known["thresholds"][name]) for name in names):
+    for name in names:
+        limit, images = known["thresholds"][name]
         print(f"threshold of {name} {number(limit)}, {promise(images, c['fpr'])}")
     files = list_images(paths)
     if not files:
@@ -317,12 +317,11 @@ def judge_files(run, paths, device, category, pictures):
 
 def best_fit(scores, names, thresholds):
     """-> name, score and threshold of the category whose threshold an image exceeds least."""
-    found = []
-    for name, score in zip(names, scores):
-        limit = thresholds[name][0]
-        excess = float("inf") if limit is None else score / max(limit, 1e-12)
-        found.append((excess, name, score, limit))
-    return min(found, key=lambda each: each[0])[1:]
+    limits = [thresholds[name][0] for name in names]
+    excess = [float("inf") if limit is None else score / max(limit, 1e-12)
+              for score, limit in zip(scores, limits)]
+    best = excess.index(min(excess))
+    return names[best], scores[best], limits[best]
 
 
 def read_batch(files, state):

@@ -80,17 +80,21 @@ def sort_key(values):
 
 def cells_of(rows, keys, metric, over):
     """Rows -> {values of the options `keys`: (without LAMP, with LAMP)}, each {category: mean over
-    all that `keys` does not tell apart}, over="seeds": {seed: mean}. The plain runs are those that
+    the seeds}, over="seeds": {seed: mean over the categories}. The plain runs are those that
     the runs with LAMP are compared with, whatever the options of LAMP are; runs of a seed and
-    category that only one side has are left out."""
+    category that only one side has are left out. Raises ValueError where runs of a cell differ in
+    an option that is not among `keys`."""
     unit, other = UNITS[over], UNITS["seeds" if over == "categories" else "categories"]
-    cells = defaultdict(lambda: (defaultdict(list), defaultdict(list)))     # {(unit, other): []}
+    cells = defaultdict(lambda: ({}, {}))                   # each {(unit, other): row}
     for row in rows:
         if counts(row, metric, "epoch" in keys):
             if unknown := [key for key in keys if key not in row]:
                 raise ValueError(f"no option {', '.join(unknown)} here; there are {', '.join(row)}")
             values = tuple(row[key] for key in keys)
-            cells[values][row["lamp"]][row[unit], row[other]].append(row[metric])
+            run = cells[values][row["lamp"]].setdefault((row[unit], row[other]), row)
+            if run is not row:
+                raise ValueError(f"runs of one row differ in {', '.join(differing(run, row))}: name "
+                                 "that in --rows, or choose by --where or --best-of")
     if not cells:
         raise ValueError(f"no run with {metric} here")
     compared = {}
@@ -100,8 +104,14 @@ def cells_of(rows, keys, metric, over):
         if not plain and partner in cells:
             plain = cells[partner][0]
         both = plain.keys() & lamp.keys() or plain.keys() | lamp.keys()
-        compared[values] = means_of(plain, both), means_of(lamp, both)
+        compared[values] = means_of(plain, both, metric), means_of(lamp, both, metric)
     return compared
+
+
+def differing(run, other):
+    """The options in which two rows differ; options stand before the epoch."""
+    options = itertools.takewhile(lambda key: key != "epoch", run)
+    return [key for key in options if run[key] != other.get(key)]
 
 
 def without_lamp(keys, values):
@@ -109,13 +119,13 @@ def without_lamp(keys, values):
     return tuple(None if key in OF_LAMP else value for key, value in zip(keys, values))
 
 
-def means_of(runs, kept):
-    """{(unit, other): numbers} -> {unit: mean over the `kept` ones}."""
-    lists = defaultdict(list)
-    for key, numbers in runs.items():
+def means_of(runs, kept, metric):
+    """{(unit, other): row} -> {unit: mean of the metric over the `kept` ones}."""
+    numbers = defaultdict(list)
+    for key, row in runs.items():
         if key in kept:
-            lists[key[0]] += numbers
-    return {unit: float(np.mean(numbers)) for unit, numbers in lists.items()}
+            numbers[key[0]].append(row[metric])
+    return {unit: float(np.mean(mine)) for unit, mine in numbers.items()}
 
 
 def pick(settings, category, chosen_on):

@@ -221,13 +221,13 @@ def make_all(jobs, processes):
             for future in as_completed(futures):
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    raise ChildProcessError("a worker was killed (too little memory?): what has "
-                                            "ended is kept; start the sweep again to go on")
+                    raise ChildProcessError("a worker was killed (memory?): start it again")
                 yield futures[future], error, None if error else future.result()
-        finally:
+        except BaseException:                               # else the workers end by themselves
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()
+            raise
 
 
 def plan(name, only, argv):
@@ -253,7 +253,7 @@ def sweep(name, only, processes, argv):
     """Make the runs that are missing, or that `only` names -> how many failed."""
     path, columns = RESULTS / f"{name}.csv", columns_of(list(EXPERIMENTS[name]()))
     jobs, failed, start = plan(name, only, argv), 0, time.perf_counter()
-    print(f"{name}: {len(jobs)} runs to make")
+    print(f"{name}: {len(jobs)} runs to make" + ("" if jobs else "; --only makes them again"))
     for number, (options, error, made) in enumerate(make_all(jobs, processes), 1):
         left = (time.perf_counter() - start) / number * (len(jobs) - number) / 60
         title = f"{number} of {len(jobs)}  {name_of(options, columns)}"

@@ -108,7 +108,7 @@ def table(cells, keys, metric, over="categories"):
 
 
 def merged(dicts):
-    return {key: value for each in dicts for key, value in each.items()}
+    return functools.reduce(dict.__or__, dicts)
 
 
 def all_gains():
@@ -184,7 +184,7 @@ def draw(path, tables, keys, command):
     figure = Figure(figsize=(4.2 * count, 4.2), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]
     colors = {name: f"C{i}" for i, name in enumerate(lines)}
-    ticks = sorted({x for points in lines.values() for x in points})
+    ticks = sorted(set().union(*lines.values()))
     factor = keys[0] in ("latent", "batch_size", "lr") and min(ticks) > 0   # drawn by factors of 2
     for panel, (title, drawn) in zip(panels, panels_lines.items()):
         panel.set_title(title)

@@ -102,6 +102,7 @@ def test_a_sweep_goes_on_after_kill_9_and_ctrl_c_without_a_row_twice_or_lost():
         held.append(Path("eight.csv").read_text())
     last = subprocess.run(command, capture_output=True, text=True)
     assert last.returncode == 2 and "seed=1  FAILED: no good" in last.stdout
+    assert last.stderr == "1 runs failed\n"
     whole = Path("eight.csv").read_text()
     assert held[0] < held[1] < whole and whole.startswith(held[0]) and whole.startswith(held[1])
     assert sorted(line[0] for line in whole.splitlines()[2:]) == [*"0234567"]
@@ -171,6 +172,7 @@ def test_the_best_setting_is_that_of_the_category_itself_or_of_the_others(monkey
         lines = call(tables.main, f"x --best-of optimizer --chosen-on {chosen_on}").splitlines()
         assert lines[2:] == [*(f"| {c} | {v:.4f} |" for c, v in zip("abc", cells)),
                              f"| mean | {pairs.mean_and_interval(cells)} |"]
+    assert "differ in optimizer" in call(tables.main, "x", 2)
     alone = "x --where normal=a --best-of optimizer --chosen-on others"
     assert "no other category" in call(tables.main, alone, 2)
 
