@@ -448,7 +448,9 @@ def test_a_user_is_told_what_a_threshold_can_promise_and_what_speaks_against_it(
     assert "WARNING: 5 of 10" in text and "WARNING: image AUROC 0.55" in text
     row |= dict(image_auroc=0.9, threshold_images=19, fpr=0.1)              # 1 of 10: may be chance
     text = ev.describe({**row, "categories": {"nut": row}}, 0.05)
-    assert "about 5% of new" in text and "WARNING" not in text
+    assert "0.1000 of the normal test images" in text and "WARNING" not in text
+    row |= dict(fpr=None, tpr=None)
+    assert "test images" not in ev.describe({**row, "categories": {"nut": row}}, 0.05)
 
 
 # ---- uniad.py ----
