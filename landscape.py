@@ -6,7 +6,7 @@ filter of a direction is scaled to the norm of the same filter in w, so that mod
 
     python landscape.py                a linear model's paraboloid against its closed form
     python landscape.py RUN RUN...     runs of train.py side by side, as solids and contours
-    python landscape.py --figure 1     the paper's Fig. 1: autoencoders, L2 and L2-LAMP (`READING`)
+    python landscape.py --figure 1     the paper's Fig. 1: autoencoders, L2 and L2-LAMP
     python landscape.py --figure 3     the paper's Fig. 3: an encoder that predicts MNIST's classes
     python landscape.py --steepness    three meanings of "steeper", measured: rows of a CSV
 
@@ -16,7 +16,7 @@ On your own model, whatever it is and however its loss is computed:
     z = surface(loss_at, xs, ys, "my.npz")       # Ctrl-C loses nothing, a rerun goes on
 
 With `detach` Eq. 2's maximum is a constant to a training step, and held here, too, at the largest
-error of all points drawn (`HeldLamp`). Without, or with --maximum moving, each has its own.
+error of all points drawn (`HeldLamp`). Otherwise, or by --maximum moving, each point has its own.
 """
 import argparse
 import itertools
@@ -121,9 +121,9 @@ def model_surface(model, criterion, x, y, xs, seed=0, path=None):
         loss_at = around(model, lambda: float(value(model(x), y)), d, e)
         return surface(loss_at, xs, xs, path)
     if isinstance(criterion, HeldLamp):
-        center = surface_of(criterion.observe, None)[len(xs) // 2, len(xs) // 2]
-        print(f"Eq. 2's maximum is {center:.3f} at the trained weights, held at "
-              f"{float(criterion.maximum.mean()):.3f}")
+        maxima = surface_of(criterion.observe, None)        # of each point; it keeps the largest
+        print(f"Eq. 2's maximum is {maxima[len(xs) // 2, len(xs) // 2]:.3f} at the trained "
+              f"weights, held at {float(criterion.maximum.mean()):.3f}")
     return surface_of(criterion, path)
 
 
@@ -185,7 +185,8 @@ def draw(path, panels, args, what, rows=1, solid=True):
 
 # ---- the models that are drawn, and their losses ----
 
-READING = dict(eps=0.1, over="batch", detach=True)          # by "image" the encoder hardly learns
+READINGS = {"autoencoder": dict(eps=0.03, over="image", detach=True),       # as train.py has it
+            "classifier": dict(eps=0.1, over="batch", detach=True)}         # by image: accuracy .60
 
 
 def criterion_of(args, loss, lamp, eps, over, detach):
@@ -207,9 +208,8 @@ def train_run(lamp, batch_size, seed, args):
     name = f"mnist-3-{'l2-lamp' if lamp else 'l2'}-b{batch_size}-e{args.epochs}-s{seed}"
     argv = ["--dataset=mnist", "--normal=3", "--lr=1e-3", "--eval-every=0", "--no-pictures",
             f"--batch-size={batch_size}", f"--epochs={args.epochs}", f"--seed={seed}",
-            f"--eps={READING['eps']}", f"--over={READING['over']}", f"--threads={args.threads}",
-            f"--data-dir={args.data_dir or 'data'}", f"--out=runs/landscape/{name}", "--resume",
-            "--detach" if READING["detach"] else "--no-detach", *(["--lamp"] if lamp else [])]
+            f"--threads={args.threads}", f"--data-dir={args.data_dir or 'data'}",
+            f"--out=runs/landscape/{name}", "--resume", *(["--lamp"] if lamp else [])]
     try:
         train.main(argv)
     except SystemExit as stop:
@@ -219,16 +219,16 @@ def train_run(lamp, batch_size, seed, args):
 
 
 def train_classifier(lamp, batch_size, seed, args):
-    """Sec. 3.2: "the encoder part of the AE that is trained to predict class labels" of MNIST:
-    encoder, flatten, linear, sigmoid; L2 or L2-LAMP against one-hot labels -> model, x, y."""
+    """Sec. 3.2: "the encoder part of the AE that is trained to predict class labels" of MNIST. The
+    rest is ours: flatten, linear, sigmoid; L2 or L2-LAMP against one-hot labels -> model, x, y."""
     (images, labels), _, _ = DATASETS["mnist"](Path(args.data_dir or "data"))
     x, y = resize(images[:10000], 32), torch.eye(10)[labels[:10000]]
     torch.manual_seed(seed)
     encoder = ConvAutoencoder().encoder                                     # (B, 128, 2, 2)
     model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(512, 10), nn.Sigmoid())
     print(f"encoder, {'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}, seed {seed}")
-    train.fit(model, x, ReconstructionLoss("l2", lamp, **READING), y, epochs=args.epochs,
-              batch_size=batch_size, seed=seed)
+    criterion = ReconstructionLoss("l2", lamp, **READINGS["classifier"])
+    train.fit(model, x, criterion, y, epochs=args.epochs, batch_size=batch_size, seed=seed)
     reestimate_batch_norm(model, to_float(x).split(250))
     return model, to_float(x[:args.images]), y[:args.images]
 
@@ -236,7 +236,7 @@ def train_classifier(lamp, batch_size, seed, args):
 # ---- what the paper draws, and what it suggests ----
 
 def compare_runs(runs, args, out):
-    """Runs side by side (Fig. 1): same directions, and same images where data set and seed are."""
+    """Runs side by side (Fig. 1): same draws, and same images where data set and seed are."""
     loaded = [open_run(run, args) for run in runs]
     shapes = [[p.shape for p in model.parameters()] for _, model, _ in loaded]
     panels = []
@@ -257,22 +257,22 @@ def compare_runs(runs, args, out):
 
 
 def figure_3(args, out):
-    """The paper's Fig. 3: contours of L2 and L2-LAMP for batch sizes 128, 16 and 4."""
+    """The paper's Fig. 3: contours of L2 and L2-LAMP (see READINGS), batch sizes 128, 16 and 4."""
     panels = []
     for lamp, batch_size in itertools.product((False, True), (128, 16, 4)):
         model, x, y = train_classifier(lamp, batch_size, args.seed, args)
-        criterion = criterion_of(args, "l2", lamp, **READING)
+        criterion = criterion_of(args, "l2", lamp, **READINGS["classifier"])
         z = model_surface(model, criterion, x, y, args.xs, args.seed)
         panels.append((f"{'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}", z))
     what = f"encoders that predict MNIST's classes, {args.epochs} epochs; maximum {args.maximum}"
     draw(out, panels, args, what, rows=2, solid=False)
 
 
-def mean_steepness(model, lamp, x, y, seed, args):
+def mean_steepness(network, model, lamp, x, y, seed, args):
     """`steepness` under L2 or L2-LAMP, as an array: its mean over four pairs of directions."""
     found = []
     for pair in range(4):
-        criterion = criterion_of(args, "l2", lamp, **READING)
+        criterion = criterion_of(args, "l2", lamp, **READINGS[network])
         z = model_surface(model, criterion, x, y, args.xs, 10 * seed + pair)
         found.append([*steepness(z, args.xs, args.xs).values()])
     return np.mean(found, axis=0)
@@ -293,10 +293,10 @@ def measure_steepness(network, batch_size, seed, args):
             model, x, y = train_classifier(lamp, batch_size, seed, args)
         models.append(model)
     plain, amplified = models
-    base, lines = mean_steepness(plain, False, x, y, seed, args), ""
+    base, lines = mean_steepness(network, plain, False, x, y, seed, args), ""
     for compared, model, lamp in (("a", plain, True), ("b", amplified, True),
                                   ("c", amplified, False)):
-        ratios = mean_steepness(model, lamp, x, y, seed, args) / base
+        ratios = mean_steepness(network, model, lamp, x, y, seed, args) / base
         cells = ",".join(f"{ratio:.4f}" for ratio in ratios)
         lines += f"{network},{batch_size},{seed},{compared},{cells}\n"
     return lines
@@ -305,10 +305,10 @@ def measure_steepness(network, batch_size, seed, args):
 def measure_all(args, out):
     """Steepness of 2 networks x 3 batch sizes x 3 seeds, appended to a CSV as each ends; what is
     there already is not measured again. Raises ValueError where that has other options."""
-    head = (f"# LAMP / L2; images={args.images} grid={args.grid} span={args.span:g} epochs="
-            f"{args.epochs} eps={READING['eps']} over={READING['over']} maximum={args.maximum} "
-            f"torch={torch.__version__}\nnetwork,batch_size,seed,compared,gradient,curvature,"
-            "gradient_per_loss,curvature_per_loss\n")
+    readings = [f"{network}={r['over']},eps-{r['eps']}" for network, r in READINGS.items()]
+    head = (f"# images={args.images} grid={args.grid} span={args.span:g} epochs={args.epochs} "
+            f"maximum={args.maximum} {' '.join(readings)} torch={torch.__version__}\nnetwork,"
+            "batch_size,seed,compared,gradient,curvature,gradient_per_loss,curvature_per_loss\n")
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
