@@ -1,18 +1,18 @@
 """The convolutional autoencoder of the LAMP paper (Park et al. 2023, Sec. 3.1, "Implementation
 details"): trained on normal images only, it should reconstruct nothing else well.
 
-Encoder, each layer:  convolution (stride 2) -> batch normalization -> leaky ReLU
-Decoder, each layer:  upsampling (x2) -> convolution -> batch normalization -> leaky ReLU
+Encoder, each layer:  convolution -> batch normalization -> leaky ReLU
+Decoder, each layer:  upsampling -> convolution -> batch normalization -> leaky ReLU
 The paper has six layers a side, four for MNIST (`depth`); no skip connections (they would let
 anomalies pass around the code). Patch-wise reconstruction (the paper's [16]): the image is cut into
 n x n patches, each reconstructed by the same network, then reassembled.
 
-The paper gives neither widths nor kernel sizes. Here: `width` filters in the first layer, doubled
-with each layer up to 8 x width, the code's own included; and the decoder's last layer, whose output
-is the image, ends in a sigmoid instead of batch normalization and leaky ReLU, since images lie in
-[0, 1]. `PCA` and `NearestToken`, solved instead of trained, show what a network adds.
+The paper gives no widths and tunes the kernel size. Here: stride 2, nearest upsampling by 2, slope
+.2, kernels of 3 x 3, `width` filters in the first layer, doubled with each up to 8 x width, code
+included; the decoder's last layer ends in a sigmoid instead of batch normalization and leaky ReLU,
+since images lie in [0, 1]. `PCA` and `NearestToken`, solved, show what training adds.
 
-The second half is the paper's "Evaluation metric", for every model of this house: from a
+The second half is the paper's "Evaluation metric", for every model here: from a
 reconstruction to error maps, scores, a threshold, AUROC. To see the layers: python autoencoder.py
 """
 import math
@@ -73,7 +73,7 @@ class ConvAutoencoder(nn.Module):
 
     def forward(self, y):
         height, width = y.shape[2:]
-        unit = self.patches * 2 ** self.depth                   # pixels to one value of the code
+        unit = self.patches * 2 ** self.depth                   # each patch: a multiple of 2^depth
         if height % unit or width % unit:
             below = height // unit * unit
             near = f"{below} or {below + unit}" if below else unit
@@ -135,7 +135,7 @@ def turned(images, angle):
 class NearestToken(nn.Module):
     """Each token of features becomes the mean of the 3 nearest ones (L2) in a bank, the tokens of
     normal images: what no normal image shows, it cannot reconstruct. The memory bank of PatchCore
-    (Roth et al. 2022), without its coreset and its averaging over neighbors.
+    (Roth et al. 2022), without its coreset and its pooling of adjacent places.
 
     f -> f_hat, (B, C, g, g) -> (B, C, g, g). An image that is itself in the bank is compared with
     the others alone: it would have no error at all. channels: C; grid: g; images: those in the
@@ -165,7 +165,7 @@ class NearestToken(nn.Module):
         bank, nearest = self.bank.flatten(0, 1), []
         count = min(3, int(norms.isfinite().sum()))
         for some in tokens.split(max(1, 2 ** 25 // len(bank))):             # up to 128 MB at a time
-            distances = torch.addmm(norms, some, bank.T, alpha=-2)          # less |token|^2
+            distances = torch.addmm(norms, some, bank.T, alpha=-2)          # - |token|^2
             nearest.append(distances.topk(count, largest=False).indices)
         return bank[torch.cat(nearest)].mean(1)
 

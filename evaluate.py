@@ -3,9 +3,9 @@
     python evaluate.py RUN...                           # numbers and pictures of saved runs
     python evaluate.py RUN --image FILE-OR-FOLDER...    # a verdict and a heat map for each image
 
-One score judges every model: the L2 error, or how far it lies above the normals' own error at that
-place. AUROC is never flipped below .5 (the authors' UniAD code reports .222 as .778), the last
-epoch counts, not the best on the test set, and the threshold comes from normal images alone.
+The same scores judge every model: the L2 error, or how far it lies above the normals' own there.
+AUROC is never flipped below .5 (the authors' UniAD code reports .222 as .778), the last epoch
+counts, not the best on the test set, and the threshold comes from normal images alone.
 """
 import argparse
 import csv
@@ -129,7 +129,7 @@ def calibrate(model, c, inputs, size):
     `color_limit`, the upper end of the heat maps' color scale."""
     known, scores, maps = dict(size=size, statistics={}, thresholds={}), {}, []
     standardized, left_out = c["score"] == "standardized", c["model"] == "nearest"
-    needed = slice(None if standardized or left_out else 0)
+    needed = slice(None if standardized or left_out else 0)                 # all, or none
     trained = error_maps(model, inputs.train[needed], inputs.prepare)
     held = error_maps(model, inputs.held, inputs.prepare)
     for name in sorted(set(inputs.train_classes)):

@@ -1,6 +1,6 @@
 """Train: one loop for every model here, and the command that wires everything together.
 
-    python train.py                                         # digits, ten seconds, no download
+    python train.py                                         # digits, 15 seconds, no download
     python train.py --dataset mnist --normal 3 --loss l2 --lamp
 
 The LAMP paper in one line: train on one class with an amplified loss, judge by the L2 error. `fit`
@@ -178,7 +178,7 @@ def fill(given):
         c["steps"] = 400                                    # they are small and few
     if given.get("backbone", "none") != "none":
         c["image_size"] = 224
-    if c["optimizer"] == "muon" != given.get("optimizer", "muon"):
+    if c["optimizer"] == "muon" and given.get("optimizer", "muon") != "muon":
         c["lr"] /= 20                                       # Muon's own ratio, see there
     c |= given
     lamp = "-lamp" if c["lamp"] else ""

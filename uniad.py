@@ -3,10 +3,11 @@
 One transformer learns to reconstruct the frozen CNN features of normal images of all categories
 (the unified case; one model a category is the separate case). Identical shortcut: a model that
 learns to copy its input reconstructs anomalies as well. Against it stand neighbor-masked attention,
-the layer-wise query decoder and feature jittering; FeatureMLP and FeatureCNN, below, show it.
+the layer-wise query decoder and feature jittering; FeatureMLP and FeatureCNN lack all three.
 
     image -> Backbone -> f -> jitter -> neighbor-masked encoder (NME) -> m
-    q_l, m -> layer-wise query decoder (LQD) -> linear -> f_hat;  anomaly map = ||f_hat - f||
+    q_l, m -> layer-wise query decoder (LQD) -> linear -> f_hat
+    trained on mean (f_hat - f)^2, f without jitter;  anomaly map = ||f_hat - f||
 
     symbol    shape       what
     f, f_hat  (B, N, C)   feature tokens and reconstructed tokens; N = g g tokens of a g x g grid
@@ -17,7 +18,7 @@ the layer-wise query decoder and feature jittering; FeatureMLP and FeatureCNN, b
 
 Differences from the authors' code (github.com/zhiyuanyou/UniAD); of the metrics, see evaluate.py:
   1. torchvision's EfficientNet-B4: another training run, symmetric padding, batch norm eps 1e-5
-  2. features standardized by channel (or --no-standardize): it then learns in far fewer epochs
+  2. features standardized by channel, to learn in far fewer epochs (--no-standardize: as they are)
   3. no dropout on the attention weights, costly to draw on a CPU; image AUROC with it / without,
      8 epochs, one seed, in a patched copy: bottle .995 / .995, transistor .825 / .813
   4. neighbor mask made once, attention written out: faster, equal to 1e-6 (test_all.py)
@@ -57,7 +58,7 @@ class Backbone(nn.Module):
                              f"{max(16, size // 16 * 16)}")
         self.name, self.size, self.standardizes = name, size, standardize
         center, spread = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]       # ImageNet's
-        with torch.random.fork_rng(devices=[]):             # building draws no one else's numbers
+        with torch.random.fork_rng(devices=[]):             # the caller's random numbers stay
             torch.manual_seed(0)
             if name == "efficientnet_lite2":
                 net, center, spread = efficientnet_lite2(size), [127 / 255] * 3, [128 / 255] * 3
@@ -166,8 +167,9 @@ def jitter(f, alpha=20.0):
 def neighbor_mask(height, width, size):
     """Neighbor-masked attention (NMA): (HW, HW), -inf where |dy|, |dx| <= size // 2, otherwise 0.
 
-    Token i may not look at itself nor its neighbors, whose features say what its own are:
-    attention cannot copy it. Raises ValueError where a token sees nothing: softmax would be NaN.
+    Token i may not look at itself nor its neighbors, whose features say what its own are: attention
+    cannot copy it (the residual can, unless it starts at a learned query). Raises ValueError where
+    a token sees nothing: softmax would be NaN.
     """
     tokens = torch.arange(height * width)
     y, x = tokens // width, tokens % width
@@ -231,10 +233,8 @@ class EncoderLayer(nn.Module):
 
 class DecoderLayer(nn.Module):
     """A layer of the layer-wise query decoder (LQD): its own query q_l attends (NMA) to the encoder
-    embedding m, the result to the layer before (of the first one: m); then feed-forward.
-
-    learned=False: the output of the layer before takes the place of q_l.
-    """
+    embedding m, the result to the previous layer's output (of the first: m); then feed-forward.
+    learned=False: that output takes the place of q_l, and its residual carries m past the mask."""
 
     def __init__(self, tokens, dim, heads, hidden, dropout, mask, learned=True):
         super().__init__()
@@ -243,7 +243,7 @@ class DecoderLayer(nn.Module):
         self.mlp, self.dropout = FeedForward(dim, hidden, dropout), nn.Dropout(dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
-    def forward(self, m, previous, pos):                                    # twice (B, N, D)
+    def forward(self, m, previous, pos):                                    # m, previous: (B, N, D)
         q = previous if self.query is None else self.query[None]            # (B or 1, N, D)
         x = self.norm1(q + self.dropout(self.attention1(q + pos, m + pos, m)))
         x = self.norm2(x + self.dropout(self.attention2(x + pos, previous + pos, previous)))
