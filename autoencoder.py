@@ -236,10 +236,10 @@ def image_scores(maps, how="sum"):
 
 
 def left_out_scores(errors):
-    """Standardized scores of normal images (N, H, W), each by the statistics of the others."""
+    """Standardized scores of normals (N, H, W), each by statistics of the others (of 2: both)."""
     scores = []
     for i in range(len(errors)):
-        others = torch.cat([errors[:i], errors[i + 1:]]) if len(errors) > 1 else errors
+        others = torch.cat([errors[:i], errors[i + 1:]]) if len(errors) > 2 else errors
         z = standardize(errors[i:i + 1], place_statistics(others))
         scores.append(image_scores(z, "top"))
     return torch.cat(scores)
@@ -261,9 +261,9 @@ def promise(images, fpr):
     """What a threshold from so many normal images can promise, as text."""
     needed = math.ceil(1 / fpr) - 1
     if images >= needed:
-        return f"exceeded by about {fpr:.0%} of new normal images"
+        return f"exceeded by about {100 * fpr:.3g}% of new normal images"
     return (f"too few normal images: {images} to set it by, so that {1 / (images + 1):.0%} of new "
-            f"ones may exceed it; {fpr:.0%} needs at least {needed}, of {3 * needed} in all "
+            f"ones may exceed it; {100 * fpr:.3g}% needs at least {needed}, of {3 * needed} in all "
             f"(--model nearest: of {needed})")
 
 
@@ -277,6 +277,10 @@ def average_precision(scores, labels):
     """Mean precision at each anomaly, ranked by score; None where one kind is missing."""
     from sklearn.metrics import average_precision_score
     return float(average_precision_score(labels, scores)) if len(np.unique(labels)) == 2 else None
+
+
+def mean_of(values):
+    return float(np.mean([float(value) for value in values])) if len(values) else None
 
 
 def aupro(maps, masks, limit=0.3):

@@ -45,8 +45,8 @@ or, of one category, train/good/*.png, ..., or normal images alone, *.png
 MVTec AD: https://www.mvtec.com/company/research/datasets/mvtec-ad, by hand"""
 PLACE = re.compile(r"""(?: (?P<category>[^/]+) / )??
     (?: train / (?P<normals>good|ok|normal) | test / (?: (?P<good>good|ok|normal) | (?P<bad>[^/]+) )
-      | (?:ground_truth|masks?|gt) / (?P<defect>[^/]+) (?: / (?P<image>[^/]+) )? )  # MVTec LOCO
-    / [^/]+""", re.VERBOSE | re.IGNORECASE)
+      | (?:ground_truth|masks?|gt) / (?!train/|test/) (?P<defect>[^/]+) (?: / (?P<image>[^/]+) )? )
+    / [^/]+""", re.VERBOSE | re.IGNORECASE)             # image: MVTec LOCO has a folder for each
 SUFFIXES = set(".png .jpg .jpeg .jfif .jp2 .bmp .gif .tif .tiff .webp .tga .pgm .ppm .heic".split())
 Image.MAX_IMAGE_PIXELS = 2 ** 27    # Pillow refuses more than twice as many, 16,384 x 16,384
 
@@ -136,8 +136,7 @@ def split_by_content(data, seed, fpr, keys):
 
 def to_inputs(data, seed, backbone=None, cache_dir=None, statistics=None, keys=None, fpr=0.05):
     """Data -> Inputs: images, or a Backbone's features, kept in cache_dir (None: in memory only).
-    statistics: a saved run's {"mean", "std"} of features; None: those of the training part, if
-    backbone.standardizes. keys: a saved run's, see `split_by_content`."""
+    statistics, keys: a saved run's (mean and std of features; see `split_by_content`), or None."""
     train, held, present = split_by_content(data, seed, fpr, keys)
     stored, test, prepare, images = data.train, data.test, to_float, None
     if backbone is not None:
@@ -281,6 +280,8 @@ def sort_files(root):
         found[root.resolve().name].normals.extend(path for path in other if path.parent == root)
         other = [path for path in other if path.parent != root]
     report(other, "images passed over, for they lie elsewhere than in train/good, test/<name>")
+    report([name for name, c in found.items() if not c.normals and (c.good or c.bad)],
+           "categories without normal images to train on (train/good), left out")
     found = {name: category for name, category in found.items() if category.normals}
     for category in found.values():
         for files in (category.normals, category.good):
@@ -319,14 +320,14 @@ def opened(path):
 
 def find_white(files):
     """The value that becomes 255 in images of 16 or 32 bits, one for all, so that they stay
-    comparable: the first of 1, 2^8 - 1, 2^10 - 1, 2^12 - 1, ... that none exceeds; or None."""
+    comparable: the first of 1 (or 5 % above), 2^8 - 1, 2^10 - 1, ... that none exceeds; or None."""
     largest = 0
     for path in files:
         with opened(path) as image:
             if image.mode[0] in "IF":
                 largest = max(largest, float(np.max(image)))
     whites = [1, *(2.0 ** bits - 1 for bits in range(8, 130, 2)), math.inf]
-    return next(white for white in whites if largest <= white) if largest else None
+    return next(white for white in whites if largest <= max(white, 1.05)) if largest else None
 
 
 def to_rgb(image, white, background):
@@ -356,9 +357,8 @@ def read_image(path, size, white=None):
 
 
 def read_masks(test, labels, masks, size):
-    """-> (M, size, size) bool, or None where there are none; says what has or is no mask.
-    A pixel is true where at least half as much of it is covered as of any of its 8 neighbors: half
-    of it at the edge of a large defect, less where a thin one would vanish."""
+    """-> (M, size, size) bool, or None where there are none; says what has or is no mask. True is a
+    pixel covered at least half as much as any of its 8 neighbors, so that thin defects stay."""
     if not any(masks.values()):
         return None
     result, missing = torch.zeros(len(test), size, size, dtype=torch.bool), []

@@ -21,8 +21,8 @@ from scipy import stats
 
 from autoencoder import (PCA, ConvAutoencoder, NearestToken, aupro, auroc, average_precision,
                          draw_columns, draw_laid_over, error_maps, gaussian_blur, heat_maps,
-                         image_scores, left_out_scores, place_statistics, promise, standardize,
-                         threshold)
+                         image_scores, left_out_scores, mean_of, place_statistics, promise,
+                         standardize, threshold)
 from data import FOLDERS, list_images, load, read_image, resize, to_float, to_inputs
 from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
 
@@ -79,9 +79,9 @@ def open_data(c, device="cpu", state=None):
     return data, inputs, backbone
 
 
-def load_run(path, device="cpu"):
+def load_run(path, device="cpu", finished=True):
     """A run's folder -> state, the dict in its model.pt, and model; nothing in it is executed.
-    Raises FileNotFoundError, ValueError (damaged, of another version, another model's tensors)."""
+    Raises FileNotFoundError, ValueError (damaged, of another version, not finished)."""
     path = Path(path) / "model.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a run is a folder that train.py wrote")
@@ -91,6 +91,8 @@ def load_run(path, device="cpu"):
         raise ValueError(f"{path}: damaged, or not plain: not loaded ({error!r:.80})") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ValueError(f"{path}: not a run of this version ({VERSION}); train it again")
+    if finished and "known" not in state:
+        raise ValueError(f"{path}: its training was cut short: train.py --resume ends it")
     model = build_model(state["config"], state["shape"])
     try:
         model.load_state_dict(state["model"])
@@ -146,7 +148,8 @@ def calibrate(model, c, inputs, size):
         if standardized and own < 1 / c["fpr"] - 1:
             mine = torch.cat(list(scores.values()))         # of one unit, so that all may serve
         known["thresholds"][name] = (threshold(mine, c["fpr"]) if len(mine) else None, own)
-    known["color_limit"] = 2 * float(np.quantile(torch.cat(maps), 0.999)) if maps[0].any() else 1.0
+    maps = torch.cat(maps)
+    known["color_limit"] = 2 * float(np.quantile(maps, 0.999)) if maps.any() else 1.0
     return known
 
 
@@ -154,6 +157,8 @@ def judge(model, c, data, inputs):
     """The test set -> metrics as in run.json, Judged, and what `calibrate` returns."""
     known = calibrate(model, c, inputs, data.test.shape[-1])
     names, thresholds = [*known["thresholds"]], known["thresholds"]
+    if lost := {*data.categories} - {*names}:
+        raise ValueError(f"{', '.join(lost)}: all normal images are gone, or copies of others")
     errors = error_maps(model, inputs.test, inputs.prepare)
     scores = category_scores(errors, names, c, known)                       # (M, K)
     told = scores[range(len(errors)), [names.index(name) for name in data.categories]]
@@ -193,10 +198,6 @@ def measure(judged, data, thresholds):
             for key in (*METRICS, "fpr", "tpr")}
     mean["threshold"] = m["threshold"] if len(categories) == 1 else None
     return {**mean, "categories": categories}
-
-
-def mean_of(values):
-    return float(np.mean([float(value) for value in values])) if len(values) else None
 
 
 # ---- what is printed and drawn ----
@@ -277,8 +278,6 @@ def judge_files(run, paths, device, category, pictures):
     """A verdict, a row of RUN/judged.csv and a picture in RUN/judged for each image in files and
     folders -> exit status: 0; 1: one is anomalous; 2: one has no verdict or cannot be read."""
     state, model = load_run(run, device)
-    if "known" not in state:
-        raise ValueError(f"{run}: its training was cut short: train.py --resume ends it")
     c, known, prepare, status = state["config"], state["known"], to_float, 0
     if sees_features(c):
         backbone = open_backbone(c, device)
@@ -309,7 +308,7 @@ def judge_files(run, paths, device, category, pictures):
             rows.writerow([file, score, limit, word, name, x / known["size"], y / known["size"]])
             status = max(status, ("normal", "anomalous", "no verdict").index(word))
             if folder:
-                path = folder / f"{len(list(folder.iterdir())) + 1:05}-{file.name}.png"
+                path = folder / f"{len(list(folder.iterdir())) + 1:05}-{file.stem[:60]}.png"
                 draw_laid_over(path, to_float(image), error / known["color_limit"],
                                [printable(file.name), f"{word}, {score:.4g}"])
     return status
@@ -348,7 +347,8 @@ def open_report(run, pictures):
         shutil.rmtree(folder, ignore_errors=True)           # of an earlier call
         if pictures:
             folder.mkdir()
-        stream = open(run / "judged.csv", "w", newline="", encoding="utf-8", buffering=1)
+        stream = open(run / "judged.csv", "w", newline="", buffering=1, encoding="utf-8",
+                      errors="backslashreplace")
     except OSError as error:
         print(f"no CSV and no pictures are written: {error}", file=sys.stderr)
         pictures, stream = False, open(os.devnull, "w")
@@ -388,7 +388,7 @@ def main(argv=None):
                 status = max(status, judged)
             else:
                 evaluate_run(run, args.data_dir, args.device)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:    # of torch: no CUDA
         parser.exit(2, f"evaluate.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")

@@ -290,7 +290,8 @@ def write_checkpoint(path, fixed, model, progress):
     buffer = io.BytesIO()                                   # a full disk is then a plain OSError
     torch.save({**progress, **fixed, "model": model.state_dict()}, buffer)
     path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
-    path.with_name("run.json").unlink(missing_ok=True)      # of an earlier, shorter run
+    for name in ("run.json", "examples.png", "judged.csv"):     # of an earlier run
+        path.with_name(name).unlink(missing_ok=True)
     os.replace(path.with_suffix(".tmp"), path)
 
 

@@ -175,7 +175,7 @@ def draw(path, panels, args, what, rows=1, solid=True):
             top.set(zlim=(min(low, 0), high), xlabel="d", ylabel="e")
     colors = ScalarMappable(Normalize(low, high), "viridis")
     figure.colorbar(colors, ax=figure.axes, shrink=0.5, format="%.3g", label="loss of an image")
-    text = (f"{args.command}; {what}; {args.images} images; +: the trained weights; directions of "
+    text = (f"{args.command}; {what}; +: the trained weights; directions of "
             f"seed {args.seed}, filter-normalized; {args.grid} x {args.grid} points")
     figure.supxlabel("\n".join(textwrap.wrap(text, 40 * columns)), fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def compare_runs(runs, args, out):
         panels.append((f"{name}, batch size {c['batch_size']}, under {args.under} loss", z))
     held = any(c["lamp"] and c["detach"] for c, _, _ in loaded)
     maximum = f"; Eq. 2's maximum {args.maximum}" if held else ""
-    draw(out, panels, args, ", ".join(runs) + maximum)
+    draw(out, panels, args, f"{', '.join(runs)}{maximum}; {len(x)} images")
 
 
 def figure_3(args, out):
@@ -264,8 +264,8 @@ def figure_3(args, out):
         criterion = criterion_of(args, "l2", lamp, **READINGS["classifier"])
         z = model_surface(model, criterion, x, y, args.xs, args.seed)
         panels.append((f"{'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}", z))
-    what = f"encoders that predict MNIST's classes, {args.epochs} epochs; maximum {args.maximum}"
-    draw(out, panels, args, what, rows=2, solid=False)
+    what = f"encoders that predict MNIST's classes, {args.epochs} epochs, {len(x)} images"
+    draw(out, panels, args, f"{what}; maximum {args.maximum}", rows=2, solid=False)
 
 
 def mean_steepness(network, model, lamp, x, y, seed, args):
@@ -389,7 +389,7 @@ def main(argv=None):
             compare_runs(args.runs, args, args.out or "runs/landscape/landscape.png")
         else:
             paraboloid()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"landscape.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted; the same command keeps the runs and rows that are done\n")

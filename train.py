@@ -46,10 +46,8 @@ DEFAULTS = {                                                # all that depend on
     "optimizer":    ("adam",   "adam",   "adam",   "muon",      "muon",      "muon", "muon"),
     "schedule":     ("cosine", "cosine", "cosine", WARM,        WARM,        WARM,   WARM),
     "weight_decay": (0.0,      0.0,      0.0,      1e-4,        1e-4,        1e-4,   1e-4),
-    "clip":         (0.0,      0.0,      0.0,      0.0,         0.0,         0.0,    0.0),
     "neighbors":    (0,        0,        0,        7,           0,           0,      0),
     "jitter":       (0.0,      0.0,      0.0,      5.0,         0.0,         0.0,    0.0),
-    "dropout":      (0.0,      0.0,      0.0,      0.0,         0.0,         0.0,    0.0),
     "query":        ("none",   "none",   "none",   "layerwise", "first",     "none", "none"),
     "score":        ("sum",    "sum",    "mean",   "mean",      "mean",      "mean", "mean"),
 }
@@ -146,7 +144,7 @@ def other_options(add):
     add("--turns", type=int, default=0, help="nearest: positions of an image; 0: 8 if these help")
     add("--neighbors", type=int, help="side of UniAD's mask, 0 for none")
     add("--jitter", type=float, help="scale of UniAD's feature jitter, 0 for none")
-    add("--dropout", type=float, help="of UniAD and the transformer, 0 for none")
+    add("--dropout", type=float, default=0.0, help="of UniAD and the transformer (default: 0)")
     add("--query", choices=("layerwise", "first", "none"), help="UniAD's learned queries")
     add("--backbone-weights", default="imagenet", help="imagenet, random, or a file (state dict)")
     add("--standardize", action=YES_NO, default=True, help="features, channel by channel")
@@ -155,7 +153,7 @@ def other_options(add):
     add("--optimizer", choices=OPTIMIZERS, help="SGD has momentum .9; muon: lamp_loss.Muon")
     add("--schedule", choices=SCHEDULES, help="of the learning rate")
     add("--weight-decay", type=float, help="of the optimizer")
-    add("--clip", type=float, help="largest gradient norm, 0 for any")
+    add("--clip", type=float, default=0.0, help="largest gradient norm (default: 0, for any)")
     add("--amp", action="store_true", default=False, help="bfloat16 where that is safe")
     add("--eps", type=float, default=0.03, help="LAMP, Eq. 2: epsilon (default: .03)")
     add("--over", choices=("image", "batch"), default="image", help="Eq. 2: the maximum's scope")
@@ -226,14 +224,13 @@ def check(c):
 def open_folder(c):
     """The run's folder -> the state to resume from, or None where it starts afresh."""
     out = Path(c["out"])
+    out.mkdir(parents=True, exist_ok=True)
     if c["overwrite"] or not (out / "model.pt").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(out / "judged", ignore_errors=True)   # of the run that was here
-        for name in ("run.json", "examples.png", "judged.csv"):
-            (out / name).unlink(missing_ok=True)
         return None
-    state, _ = ev.load_run(out)
-    old = state["config"]
+    state, _ = ev.load_run(out, finished=False)
+    old, begun = state["config"], state["history"] or "known" in state
+    if not begun and not c["resume"]:
+        return None                                         # it failed before its first epoch
     if not c["resume"]:
         raise ValueError(f"{out} already holds a run of {len(state['history'])} of {old['epochs']} "
                          "epochs: --resume goes on, --overwrite replaces it, or name another --out")
@@ -306,6 +303,8 @@ def train_model(c, model, inputs, criterion, state, save, evaluate):
         fit(model, inputs.train, criterion, **chosen, prepare=inputs.prepare, smallest=smallest,
             resume=state if state and state["history"] else None, evaluate=evaluate, save=save)
     except KeyboardInterrupt:
+        if not ev.load_run(c["out"], finished=False)[0]["history"]:
+            raise
         print("\ninterrupted: evaluating the last full epoch, from which --resume goes on")
         return 130
     return 0
@@ -313,7 +312,7 @@ def train_model(c, model, inputs, criterion, state, save, evaluate):
 
 def finish(c, model, data, inputs, save, command, started):
     """Judge the last full epoch; write model.pt with the thresholds, run.json and the pictures."""
-    out, (state, last_full_epoch) = Path(c["out"]), ev.load_run(c["out"])
+    out, (state, last_full_epoch) = Path(c["out"]), ev.load_run(c["out"], finished=False)
     model.load_state_dict(last_full_epoch.state_dict())
     metrics, judged, known = assess(c, model, data, inputs)
     history = state["history"]
@@ -335,9 +334,7 @@ def finish(c, model, data, inputs, save, command, started):
 
 def run(c, command, criterion=None):
     """One run, from config to metrics on disk -> exit status: 0, or 130 after Ctrl-C.
-
-    criterion: what to train by, in place of the config's loss (for experiments).
-    """
+    criterion: what to train by, in place of the config's loss (for experiments)."""
     started, out = time.perf_counter(), Path(c["out"])
     device, rank = start_process(c), processes()[0]
     state = open_folder(c)
@@ -363,6 +360,8 @@ def run(c, command, criterion=None):
              "backbone": backbone and {"mean": backbone.mean.cpu(), "std": backbone.std.cpu()}}
     save = functools.partial(write_checkpoint, out / "model.pt", fixed, model)
     if rank == 0 and not state:
+        if (out / "model.pt").exists():                     # of the run that is replaced
+            shutil.rmtree(out / "judged", ignore_errors=True)
         save({"history": []})                               # where this fails, it fails now
 
     status = train_model(c, model, inputs, criterion, state, save, functools.partial(
@@ -389,7 +388,7 @@ def main(argv=None):
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")     # names in any script
     try:
         status = run(config, shlex.join(["python", "train.py", *argv]))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         parser.exit(2, f"train.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")

@@ -29,15 +29,18 @@ def examples(out, runs, data_dir):
     the smallest score of the first run to the largest. Raises ValueError: other test images."""
     sys.path.insert(0, str(ROOT))
     import evaluate as ev
-    seen, images = {}, None
+    seen, first = {}, None
     for run in runs:
         state, model = ev.load_run(run)
         c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
         data, inputs, _ = ev.open_data(c, "cpu", state)
-        if images is not None and not images.equal(data.test):
-            raise ValueError(f"{run} has other test images than {runs[0]}")
-        images = data.test
-        seen[title_of(c)] = (model, inputs, ev.judge(model, c, data, inputs)[1])
+        first = first or data
+        if not (first.test.equal(data.test) and first.labels.equal(data.labels)):
+            raise ValueError(f"{run} has other test images, or labels, than {runs[0]}")
+        if not len(data.test):
+            raise ValueError(f"{run} has no test images")
+        title = title_of(c) if title_of(c) not in seen else f"{title_of(c)}, {run}"
+        seen[title] = (model, inputs, ev.judge(model, c, data, inputs)[1])
     footer = f"python results/figures.py examples {out} {' '.join(map(str, runs))}"
     ev.draw_examples(out, seen, data, footer)
 
@@ -46,6 +49,8 @@ def verdicts(out, runs, data_dir):
     """A row a run: two normals that pass and five anomalies that are found, the middle of each
     fifth of these by score, with the heat map laid over; at the left, how many there are of all."""
     sys.path.insert(0, str(ROOT))
+    import torch
+
     import evaluate as ev
     from autoencoder import lay_over
     figure = Figure(figsize=(11, 1.85 * len(runs) + 0.2), layout="constrained")
@@ -54,8 +59,10 @@ def verdicts(out, runs, data_dir):
         c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
         data, inputs, _ = ev.open_data(c, "cpu", state)
         judged = ev.judge(model, c, data, inputs)[1]
-        order, above = judged.scores.argsort(), judged.scores > judged.thresholds[0]
-        words = [data.categories[0]]
+        if not len(data.test) or None in judged.thresholds:
+            raise ValueError(f"{run} has no test images, or no threshold")
+        order, above = judged.scores.argsort(), judged.scores > torch.tensor(judged.thresholds)
+        words = [*dict.fromkeys(data.categories)]
         for label, axes_of, truth in ((0, axes[:2], "good"), (1, axes[2:], "defective")):
             alike = order[data.labels[order] == label]
             right = alike[above[alike] == bool(label)].tolist()
@@ -95,7 +102,7 @@ def curves(out, runs, data_dir=None):
     axes = dict(zip(shown, figure.subplots(1, len(shown), squeeze=False)[0]))
     for (key, number), known in points.items():
         epochs, values = zip(*known)
-        title = title_of(records[number]["config"])
+        title = f"{title_of(records[number]['config'])} ({runs[number]})"
         axes[key].plot(epochs, values, "o-", markersize=3, label=title)
         axes[key].set(xlabel="epoch", title=key.replace("_", " "))
     axes[shown[0]].legend(fontsize=7)

@@ -18,6 +18,8 @@ from scipy import stats
 
 RESULTS = Path(__file__).resolve().parent
 OF_CATEGORIES = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro", "threshold", "fpr", "tpr")
+MORE_IS_BETTER = ("image_auroc", "untold_auroc", "raw_auroc", "image_ap", "pixel_auroc",
+                  "pixel_aupro", "tpr")
 OF_LAMP = ("over", "eps", "detach", "log")                  # options that a run without it lacks
 UNITS = {"categories": "category", "seeds": "seed"}
 
@@ -93,8 +95,8 @@ def cells_of(rows, keys, metric, over):
             values = tuple(row[key] for key in keys)
             run = cells[values][row["lamp"]].setdefault((row[unit], row[other]), row)
             if run is not row:
-                raise ValueError(f"runs of one row differ in {', '.join(differing(run, row))}: name "
-                                 "that in --rows, or choose by --where or --best-of")
+                raise ValueError(f"runs of one row differ in {', '.join(differing(run, row))}: "
+                                 "name that in --rows, or choose by --where or --best-of")
     if not cells:
         raise ValueError(f"no run with {metric} here")
     compared = {}
@@ -103,7 +105,7 @@ def cells_of(rows, keys, metric, over):
         partner = without_lamp(keys, values)
         if not plain and partner in cells:
             plain = cells[partner][0]
-        both = plain.keys() & lamp.keys() or plain.keys() | lamp.keys()
+        both = plain.keys() & lamp.keys() if plain and lamp else plain.keys() | lamp.keys()
         compared[values] = means_of(plain, both, metric), means_of(lamp, both, metric)
     return compared
 
@@ -143,7 +145,9 @@ def pick(settings, category, chosen_on):
 
 def best_cells(rows, keys, metric, options, chosen_on):
     """As cells_of, but of the runs that differ in `options` the best one, of plain and LAMP apart,
-    for each category."""
+    for each category. Raises ValueError for a metric of which more is not better."""
+    if metric not in MORE_IS_BETTER:
+        raise ValueError(f"--best-of takes the largest {metric}: use {', '.join(MORE_IS_BETTER)}")
     kept = [key for key in keys if key != "category"]
     groups = defaultdict(list)
     for values, cell in cells_of(rows, [*kept, *options], metric, "categories").items():

@@ -1,6 +1,6 @@
 """Tables: the tables and pictures of results/README.md, from the CSV files beside it.
 
-    python results/tables.py table1 --rows loss,batch_size --picture table1.png
+    python results/tables.py table1 --rows batch_size,loss --picture table1.png
     python results/tables.py table2 --rows loss,optimizer --best-of lr --metric pixel_auroc
     python results/tables.py gains --picture gains.png              LAMP's gain in all settings
     python results/tables.py steepness                              of the loss landscape
@@ -45,6 +45,7 @@ GAINS = {                                                   # where LAMP was tri
     "MVTec AD, one UniAD, 816 steps of batch size 64 (5 categories)": dict(
         experiments=["unified"], keys=["model", "query"],
         where={"model": ["uniad"], "over": [None, "image"]})}
+OF_PAPER = ("loss", "batch_size", "optimizer", "category", "setting")       # its tables' options
 COMPARED = {"a": "(a) the L2 model seen through LAMP",
             "b": "(b) each model under its own loss, as in the paper",
             "c": "(c) both models under L2"}
@@ -86,7 +87,7 @@ def table(cells, keys, metric, over="categories"):
     """
     if keys == ["category"] and over == "categories":
         sides = zip(*cells.values())
-        cells = {**cells, ("mean",): [merged(side) for side in sides]}
+        cells = {**cells, ("mean",): [functools.reduce(dict.__or__, side) for side in sides]}
     with_lamp = any(lamp for _, lamp in cells.values())
     compared = [without_lamp(keys, values) for values, (_, lamp) in cells.items() if lamp]
     lines = []
@@ -95,9 +96,10 @@ def table(cells, keys, metric, over="categories"):
             continue
         gains = differences((plain, lamp))
         line = ["" if value is None else value for value in values]
-        line.append(with_paper([*plain.values()], *values, metric))
+        named = [value for key, value in zip(keys, values) if key in OF_PAPER]
+        line.append(with_paper([*plain.values()], *named, metric))
         if with_lamp:
-            line.append(with_paper([*lamp.values()], *values, metric, "lamp"))
+            line.append(with_paper([*lamp.values()], *named, metric, "lamp"))
             line += [mean_and_interval(gains, "+"), *sign_test(gains)]
         lines.append(line)
     words = [key.replace("_", " ") for key in keys]
@@ -105,10 +107,6 @@ def table(cells, keys, metric, over="categories"):
     if with_lamp:
         header += ["with LAMP", "difference", "LAMP ahead", "p"]
     return markdown(header, lines)
-
-
-def merged(dicts):
-    return functools.reduce(dict.__or__, dicts)
 
 
 def all_gains():
@@ -184,7 +182,9 @@ def draw(path, tables, keys, command):
     figure = Figure(figsize=(4.2 * count, 4.2), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]
     colors = {name: f"C{i}" for i, name in enumerate(lines)}
-    ticks = sorted(set().union(*lines.values()))
+    ticks = [*set().union(*lines.values())]
+    if not all(isinstance(x, (int, float)) for x in ticks):
+        raise ValueError(f"--picture draws over numbers, and {keys[0]}, first of --rows, is none")
     factor = keys[0] in ("latent", "batch_size", "lr") and min(ticks) > 0   # drawn by factors of 2
     for panel, (title, drawn) in zip(panels, panels_lines.items()):
         panel.set_title(title)
@@ -206,6 +206,7 @@ def draw(path, tables, keys, command):
                       fontsize=8)
     figure.supxlabel(command, fontsize=6)
     figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
 
 
 def draw_gain_lines(panel, gains, colors, factor):
@@ -243,6 +244,7 @@ def draw_gains(path, command):
                   loc="outside upper right", fontsize=8)
     figure.supxlabel(command, fontsize=6)
     figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
 
 
 # ---- the command ----
@@ -269,8 +271,6 @@ def print_tables(args, command):
                           for metric, cells in tables.items()))
         if args.picture:
             draw(args.picture, tables, keys, command)
-    if args.picture:
-        print(f"wrote {args.picture}")
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """What commands do with wrong input, and claims too small for test_all.py's room."""
 import itertools
 import math
+import os
 import re
 import shlex
 import shutil
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the repository's folder
+import autoencoder
+import data
 import evaluate as ev
 import figures
 import landscape
@@ -44,6 +47,59 @@ def test_a_run_that_cannot_be_written_to_still_gives_its_verdicts():
     assert "no CSV and no pictures" in text and text.count(", score ") == 4
     text = call(ev.main, f"run --image {folder} --category nut", 2)
     assert "knows bolt" in text
+
+
+def test_a_run_cut_short_or_that_failed_at_once_is_not_judged_and_blocks_no_other(monkeypatch):
+    take_step = train.take_step
+
+    def interrupted(*arguments):
+        if "epoch 2" in arguments[-1]:
+            raise OSError("as if killed")
+        take_step(*arguments)
+    monkeypatch.setattr(train, "take_step", interrupted)
+    assert "as if killed" in call(train.main, f"{TINY} --epochs 3 --out run", 2)
+    for text in (call(ev.main, "run", 2), call(landscape.main, "run", 2)):
+        assert "its training was cut short" in text
+    monkeypatch.setattr(train, "take_step", take_step)
+    call(train.main, f"{TINY} --epochs 3 --out run --resume")
+    assert "image_auroc" in call(ev.main, "run")
+    assert "divides" in call(train.main, f"{TINY} --patches 3 --epochs 1 --out other", 2)
+    call(train.main, f"{TINY} --epochs 1 --out other")
+    assert "no normal images" in call(
+        train.main, "--dataset folder --data-dir nowhere --out other --overwrite", 2)
+    assert Path("other/run.json").exists()                  # what failed has replaced nothing
+
+
+def test_ctrl_c_before_the_first_epoch_has_ended_judges_nothing(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "take_step", interrupted)
+    assert "interrupted" in call(train.main, f"{TINY} --epochs 1 --out run", 130)
+    assert not Path("run/run.json").exists() and "cut short" in call(ev.main, "run", 2)
+
+
+def test_categories_called_masks_are_found_and_those_without_normals_named(capsys):
+    make_folder("masks")
+    shutil.copytree("set/masks/test", "set/nut/test")
+    d = data.load("folder", "all", "set", 8)
+    assert {*d.categories} == {"masks"} and len(d.train) == 20 and len(d.test) == 8
+    assert "1 categories without normal images to train on (train/good), left out: nut" in (
+        capsys.readouterr().out)
+
+
+def test_two_normals_give_scores_of_a_size_and_a_score_of_any_fpr_is_promised():
+    assert autoencoder.left_out_scores(torch.rand(2, 8, 8)).abs().max() < 9
+    assert "about 0.5% of new" in autoencoder.promise(1000, 0.005)
+
+
+def test_a_file_name_of_bytes_that_are_no_text_is_judged_and_written():
+    make_folder("bolt")
+    call(train.main, FOLDER)
+    image = Path("set/bolt/test/hole/000.png")
+    for name in (b"caf\xe9.png", b"x" * 240 + b".png"):
+        shutil.copy(image, "new" + os.fsdecode(name))
+        text = call(ev.main, "run --image new" + os.fsdecode(name), 0, 1)
+        assert ", score " in text and len(list(Path("run/judged").iterdir())) == 1
 
 
 def test_ctrl_c_ends_evaluate_py_with_status_130(monkeypatch):
