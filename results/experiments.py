@@ -38,8 +38,10 @@ TRANSFORMER = dict(UNIAD, model="transformer", neighbors=0, jitter=0.0, query="f
 MLP = dict(RECIPE, model="mlp", depth=5, width=1520)
 CNN = dict(RECIPE, model="cnn", depth=6, width=128)
 DIGITS = "0123456789"
-RATES = (                                                   # batch size, learning rate, epochs
-    (1024, 6e-3, 240), (128, 2e-3, 32), (32, 1e-3, 8), (16, 7e-4, 8), (4, 4e-4, 4), (1, 2e-4, 2))
+RATES = (                                           # batch size, learning rate, epochs, seeds
+    (1024, 6e-3, 240, 1), (128, 2e-3, 32, 1), (32, 1e-3, 8, 3), (16, 7e-4, 8, 1), (4, 4e-4, 4, 1),
+    (1, 2e-4, 2, 1))
+SPLITS = ("0,1,2,3,4", "5,6,7,8,9", "0,2,4,6,8", "1,3,5,7,9")       # of CIFAR-10
 
 
 def reading():
@@ -75,8 +77,8 @@ def tuning():
 
 def table1():
     """LAMP on MNIST by batch size: the paper's Table 1"""
-    for batch_size, lr, epochs in RATES:
-        for seed in (0, 1, 2) if batch_size == 32 else (0,):
+    for batch_size, lr, epochs, seeds in RATES:
+        for seed in range(seeds):
             for normal in DIGITS if batch_size < 1024 else "012":
                 for lamp in (PLAIN, LAMP):
                     yield dict(MNIST, normal=normal, batch_size=batch_size, lr=lr, epochs=epochs,
@@ -103,10 +105,13 @@ def capacity():
                 yield dict(MNIST, normal=normal, latent=latent, lr=lr, **lamp)
 
 
-def logarithm():
-    """is it the logarithm? Eq. 2 alone (log=False, see sweep.py); L2 and LAMP are in table1"""
+def controls():
+    """Eq. 2 without the logarithm, and the first steps at batch size 1024"""
     for normal in DIGITS:
-        yield dict(MNIST, normal=normal, **LAMP, log=False)
+        yield dict(MNIST, normal=normal, **LAMP, log=False)     # see sweep.py
+        for lamp in (PLAIN, LAMP):
+            yield dict(MNIST, normal=normal, batch_size=1024, lr=6e-3, epochs=30, eval_every=3,
+                       **lamp)
 
 
 def table2():
@@ -136,6 +141,10 @@ def settled():
 def minutes():
     """what minutes of one core give on five categories: two models, with and without LAMP"""
     cnn = dict(CNN, batch_size=8, lr=0.02, epochs=12)
+    three = dict(UNIAD, normal="bottle,capsule,transistor", batch_size=8, epochs=10)
+    for seed in (0, 1):
+        for lamp in (PLAIN, LAMP):
+            yield dict(three, seed=seed, eval_every=5 if seed else 2, **lamp)
     for lamp in (PLAIN, LAMP):
         yield dict(NO_QUERY, batch_size=8, epochs=8, **lamp)
         for seed in (0, 1, 2):
@@ -200,7 +209,7 @@ def photos():
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
-    reading, tuning, table1, pca, capacity, logarithm, table2, settled, minutes, unified,
+    reading, tuning, table1, pca, capacity, controls, table2, settled, minutes, unified,
     parts, shortcut, cifar10, photos)}
 WITH_PULL_AND_SPREAD = ("table1", "table2")
 
