@@ -7,10 +7,10 @@ The paper has six layers a side, four for MNIST (`depth`); no skip connections (
 anomalies pass around the code). Patch-wise reconstruction (the paper's [16]): the image is cut into
 n x n patches, each reconstructed by the same network, then reassembled.
 
-The paper gives no widths and tunes the kernel size. Here: stride 2, nearest upsampling by 2, slope
-.2, kernels of 3 x 3, `width` filters in the first layer, doubled with each up to 8 x width, code
-included; the decoder's last layer ends in a sigmoid instead of batch normalization and leaky ReLU,
-since images lie in [0, 1]. `PCA` and `NearestToken`, solved, show what training adds.
+The paper gives no widths and tunes the kernel size. Here: kernels of 3 x 3, stride 2, upsampling by
+2 (nearest), a leak of .2; `width` filters in the first layer, doubled with each up to 8 x width,
+also in the code; the decoder's last layer ends in a sigmoid instead of batch normalization and
+leaky ReLU, since images lie in [0, 1]. `PCA` and `NearestToken`, solved, show what training adds.
 
 The second half is the paper's "Evaluation metric", for every model here: from a
 reconstruction to error maps, scores, a threshold, AUROC. To see the layers: python autoencoder.py
@@ -165,7 +165,7 @@ class NearestToken(nn.Module):
         bank, nearest = self.bank.flatten(0, 1), []
         count = min(3, int(norms.isfinite().sum()))
         for some in tokens.split(max(1, 2 ** 25 // len(bank))):             # up to 128 MB at a time
-            distances = torch.addmm(norms, some, bank.T, alpha=-2)          # - |token|^2
+            distances = torch.addmm(norms, some, bank.T, alpha=-2)          # squared, less token^2
             nearest.append(distances.topk(count, largest=False).indices)
         return bank[torch.cat(nearest)].mean(1)
 
@@ -279,7 +279,7 @@ def average_precision(scores, labels):
     return float(average_precision_score(labels, scores)) if len(np.unique(labels)) == 2 else None
 
 
-def mean_of(values):
+def mean_of(values):                                        # None of none
     return float(np.mean([float(value) for value in values])) if len(values) else None
 
 

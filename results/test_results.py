@@ -220,6 +220,7 @@ def test_a_model_is_1_times_as_steep_as_itself_and_as_steep_through_lamp_as_unde
     model, x = nn.Linear(3, 2), torch.rand(6, 3)
     monkeypatch.setattr(landscape, "train_classifier", lambda *_: (model, x, torch.zeros(6, 2)))
     args = landscape.parse("--steepness --grid 3".split())[1]
+    assert landscape.READINGS["autoencoder"].items() <= train.parse([])[1].items()
     a, b, c = landscape.measure_steepness("classifier", 4, 0, args).splitlines()
     assert c == "classifier,4,0,c" + 4 * ",1.0000" and a.replace(",a,", ",b,") == b
 
