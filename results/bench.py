@@ -10,13 +10,14 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate as ev
 import train
 import uniad
 from autoencoder import ConvAutoencoder
-from lamp_loss import ReconstructionLoss, draw_batches
+from lamp_loss import Muon, ReconstructionLoss, draw_batches
 from uniad import Backbone, UniAD
 
 
@@ -107,6 +108,36 @@ def bench_uniad():
           lambda: fit(raw, prepare=backbone.standardize))
 
 
+def bench_step():
+    """Where a step's time goes, and what its matrix products would take at the rate of a large one."""
+    model, batch = UniAD(dropout=0.0), torch.randn(8, 272, 14, 14)
+    optim, square = Muon(model, 0.01, 1e-4), torch.randn(2048, 2048, dtype=torch.bfloat16)
+
+    def turn():                                             # -> seconds of its four parts
+        optim.zero_grad()
+        times = [time.perf_counter()]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (model(batch).float() - batch).square().mean()
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        with torch.autocast("cpu", torch.bfloat16):
+            optim.step()
+        times.append(time.perf_counter())
+        square @ square
+        return np.diff([*times, time.perf_counter()])
+
+    with FlopCounterMode(display=False) as counter:
+        turn()
+    forward, backward, muon, product = np.median([turn() for _ in range(6)][1:], axis=0)
+    of_product = 2 * len(square) ** 3
+    flop = counter.get_total_flops() - of_product
+    print(f"a UniAD training step with --amp, batch 8: forward {forward:.3f} s, backward "
+          f"{backward:.3f} s, Muon {muon:.3f} s;\n  {flop / 1e9:.0f} GFLOP of matrix products, "
+          f"{flop / of_product * product:.3f} s at the rate of 2048 x 2048 ones, "
+          f"{of_product / product / 1e9:.0f} GFLOP/s")
+
+
 def main():
     import resource                                         # not on Windows
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of 5 turns")
@@ -117,4 +148,5 @@ def main():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024            # on Linux
         print(f"{n:,} images: {time.perf_counter() - start:.1f} s, {peak:.0f} MB")
     bench_autoencoder()
+    bench_step()
     bench_uniad()

@@ -1,8 +1,8 @@
 """Experiments: the runs behind each table of results/README.md, by name.
 
-Each function yields its runs, each a dict of options of train.py. All options that a number depends
-on are named here, so that other defaults in train.py change no experiment; `eval_every` alone
-changes no number, but says which epochs are judged on the way. Made by `python results/sweep.py`.
+Each function yields its runs, each a dict of options of train.py. All that a number depends on are
+named here, so that other defaults in train.py change no experiment; `eval_every` says which epochs
+are judged on the way, and changes none. Made by `python results/sweep.py`.
 """
 import contextlib
 import os
@@ -36,6 +36,8 @@ NO_QUERY = dict(UNIAD, query="none")
 TRANSFORMER = dict(UNIAD, model="transformer", neighbors=0, jitter=0.0, query="first")
 MLP = dict(RECIPE, model="mlp", depth=5, width=1520)
 CNN = dict(RECIPE, model="cnn", depth=6, width=128)
+ON_THREE = dict(normal="bottle,capsule,transistor", batch_size=8, epochs=10)     # they lie still
+BEFORE = dict(optimizer="adamw", lr=4e-4, schedule="step", clip=0.1, jitter=20.0, dropout=0.1)
 DIGITS = "0123456789"
 RATES = (                                           # batch size, learning rate, epochs, seeds
     (1024, 6e-3, 240, 1), (128, 2e-3, 32, 1), (32, 1e-3, 8, 3), (16, 7e-4, 8, 1), (4, 4e-4, 4, 1),
@@ -49,9 +51,8 @@ def reading():
         for detach in (False, True):
             for eps in (0.3, 0.1, 0.05, 0.03, 0.02, 0.01):
                 readings.append(dict(lamp=True, over=over, detach=detach, eps=eps))
-    best = [PLAIN, LAMP]
-    for over, eps in (("batch", 0.3), ("batch", 0.1), ("image", 0.1), ("image", 0.03)):
-        best.append(dict(lamp=True, over=over, detach=False, eps=eps))
+    moving = (("batch", 0.3), ("batch", 0.1), ("image", 0.1), ("image", 0.03))
+    best = [PLAIN, LAMP, *(dict(lamp=True, over=o, detach=False, eps=e) for o, e in moving)]
     for seed in (0, 1):
         for normal in DIGITS:
             for lamp in readings if seed == 0 and normal in "2358" else best:
@@ -138,10 +139,12 @@ def settled():
 def minutes():
     """what minutes of one core give: UniAD on three categories, two other models on five; LAMP"""
     cnn = dict(CNN, batch_size=8, lr=0.02, epochs=12)
-    three = dict(UNIAD, normal="bottle,capsule,transistor", batch_size=8, epochs=10)
-    for seed in (0, 1):
+    three = dict(UNIAD, **ON_THREE)
+    for seed in (0, 1, 2):
         for lamp in (PLAIN, LAMP):
             yield dict(three, seed=seed, eval_every=5 if seed else 2, **lamp)
+    for normal in three["normal"].split(","):               # a model for each
+        yield dict(three, normal=normal)
     for lamp in (PLAIN, LAMP):
         yield dict(NO_QUERY, batch_size=8, epochs=8, **lamp)
         for seed in (0, 1, 2):
@@ -153,54 +156,61 @@ def minutes():
 def unified():
     """one model for five categories, longer: UniAD, its parts, baselines, LAMP"""
     for model in (UNIAD, NO_QUERY, CNN, MLP):
-        yield dict(model)
-        yield dict(model, seed=1)
-    yield dict(CNN, seed=2)
-    yield dict(TRANSFORMER)
-    for model in (dict(UNIAD, **LAMP), dict(UNIAD, **BATCH_HELD), dict(NO_QUERY, **LAMP)):
-        yield model
+        yield from (model, dict(model, seed=1))
+    yield from (dict(CNN, seed=2), TRANSFORMER)
+    yield from (dict(UNIAD, **LAMP), dict(UNIAD, **BATCH_HELD), dict(NO_QUERY, **LAMP))
     for latent in (2, 30, 100, 400):
         yield dict(FEATURES, model="pca", latent=latent, score="standardized", eval_every=0)
+    yield dict(FEATURES, model="nearest", turns=1, score="standardized", eval_every=0)
 
 
 def parts():
-    """UniAD without its neighbor mask, with one query, without jitter; and so without queries"""
-    yield dict(UNIAD, neighbors=0)
-    yield dict(UNIAD, query="first")
-    yield dict(UNIAD, jitter=0.0)
-    yield dict(NO_QUERY, neighbors=0)
+    """UniAD without its mask, with one query, without jitter: on five categories, and on three"""
+    without = [dict(UNIAD, **part) for part in (
+        dict(neighbors=0), dict(query="first"), dict(jitter=0.0))]
+    yield from (*without, dict(NO_QUERY, neighbors=0))
+    for seed in (0, 1, 2):                                  # the whole one is in minutes
+        for model in without:
+            yield {**model, **ON_THREE, "seed": seed}
+    for model in (NO_QUERY, TRANSFORMER, CNN, MLP):
+        yield {**model, **ON_THREE}
+    yield {**UNIAD, **ON_THREE, **BEFORE, "eval_every": 2}
 
 
 def shortcut():
-    """does a model that may copy its input learn to? an MLP, long, and a single layer"""
+    """does a model that may copy its input learn to? a single layer, and four models, long"""
     yield dict(MLP, batch_size=16, epochs=100, eval_every=20)
     yield dict(MLP, depth=1, batch_size=16, epochs=100, eval_every=10)
+    yield dict(CNN, batch_size=16, epochs=100, eval_every=20)
+    for model in (TRANSFORMER, UNIAD):
+        yield {**model, **ON_THREE, "batch_size": 16, "epochs": 24, "eval_every": 6}
 
 
 def cifar10():
-    """UniAD on a sample of CIFAR-10, the first of the paper's four splits"""
-    options = dict(dataset="cifar10", normal="0,1,2,3,4", score="mean")
-    yield dict(UNIAD, **options)
-    yield dict(NO_QUERY, **options)
-    yield dict(FEATURES, **options, model="pca", latent=30, eval_every=0)
+    """a sample of CIFAR-10: UniAD on the first of the paper's four splits, PCA and a CNN on all"""
+    options = dict(dataset="cifar10", score="mean")
+    for model in (UNIAD, NO_QUERY):
+        yield dict(model, **options, normal="0,1,2,3,4")
+    for normal in ("0,1,2,3,4", "5,6,7,8,9", "0,2,4,6,8", "1,3,5,7,9"):
+        yield dict(FEATURES, **options, normal=normal, model="pca", latent=30, eval_every=0)
+        for lamp in (PLAIN, LAMP):
+            yield dict(CNN, **options, normal=normal, batch_size=8, lr=0.02, epochs=3, **lamp)
 
 
 def photos():
     """your own images: 20 to 200 photos of one kind, by model and score; three draws of 60"""
-    features = dict(backbone="efficientnet_lite2", image_size=224)
+    features = dict(backbone="efficientnet_lite2", image_size=224, score="standardized")
     nearest = dict(features, model="nearest", latent=400, turns=1)
     pca = dict(features, model="pca", latent=20)
     ae = dict(model="ae", backbone="none", image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3,
-              optimizer="adam", schedule="cosine", lamp=False, epochs=200)
-    standardized = dict(score="standardized")
-    cells = [dict(nearest, photos=n, seed=0, **standardized) for n in (20, 30, 60, 120, 200)]
+              optimizer="adam", schedule="cosine", lamp=False, epochs=200, score="standardized")
+    cells = [dict(nearest, photos=n, seed=0) for n in (20, 30, 60, 120, 200)]
     for seed in (0, 1, 2):
-        cells.append(dict(nearest, photos=60, seed=seed, **standardized, turns=0, latent=800))
-        cells.append(dict(pca, photos=60, seed=seed, **standardized))
-        cells.append(dict(ae, photos=60, seed=seed, **standardized))
+        for model in (dict(nearest, turns=0, latent=800), pca, ae):
+            cells.append(dict(model, photos=60, seed=seed))
     for model, raw in ((nearest, "max"), (pca, "max"), (ae, "sum")):
         cells.append(dict(model, photos=60, seed=0, score=raw))
-    for normal in ("bottle", "capsule", "grid", "pill", "transistor"):
+    for normal in CATEGORIES:
         for cell in cells:
             yield dict(cell, dataset="folder", normal=normal, fpr=0.05, eval_every=0)
 
