@@ -137,9 +137,9 @@ class NearestToken(nn.Module):
     normal images: what no normal image shows, it cannot reconstruct. The memory bank of PatchCore
     (Roth et al. 2022), without its coreset and its pooling of adjacent places.
 
-    f -> f_hat, (B, C, g, g) -> (B, C, g, g). An image that is itself in the bank is compared with
-    the others alone: it would have no error at all. channels: C; grid: g; images: those in the
-    bank, which `solve` fills; turns: copies of each, itself the first, which count as one image.
+    f -> f_hat, (B, C, g, g) -> (B, C, g, g). An image in the bank is compared with the others
+    alone, not with itself or its copies: it would have no error. channels: C; grid: g; images: how
+    many the bank holds; turns: positions of each, the first as it is. `solve` fills the bank.
     """
 
     def __init__(self, channels, grid, images, turns=1):
@@ -156,9 +156,9 @@ class NearestToken(nn.Module):
         tokens = features.flatten(2).mT                         # (B, g g, C)
         f_hat = torch.empty_like(tokens)
         for i, image in enumerate(tokens):
-            itself = (self.bank[:, :len(image)] == image).flatten(1).all(1)
-            far = norms if itself.all() else norms.masked_fill(itself[:, None], math.inf)
-            f_hat[i] = self.reconstruct(image, far.flatten())
+            itself = (self.bank[:, :len(image)] == image).flatten(1).all(1)     # (images,)
+            usable = norms if itself.all() else norms.masked_fill(itself[:, None], math.inf)
+            f_hat[i] = self.reconstruct(image, usable.flatten())
         return f_hat.mT.view_as(features)
 
     def reconstruct(self, tokens, norms):                       # (g g, C) -> (g g, C)

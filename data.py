@@ -35,18 +35,19 @@ masks: (M, H, W) bool, true where defective, or None; an anomaly of which all is
 files: of folders, where each of `train` was read; white: see `find_white`"""
 Inputs = namedtuple("Inputs", "train train_classes held held_classes test prepare images "
                               "train_keys held_keys")
-Inputs.__doc__ = """What models are fed. train, held, test: images, or features, of which `images`
-are those of train; prepare: stored -> what a model sees; keys: the `content_keys`"""
+Inputs.__doc__ = """Images, or features (then `images` are those of train). held: set aside for the
+threshold; prepare: stored -> what a model sees; keys: the `content_keys`"""
 Category = namedtuple("Category", "normals good bad masks")  # {(defect, image): mask files}
 FOLDER_LAYOUT = """<category>/train/good/*.png  (or ok, normal)
 <category>/test/good/*.png, <category>/test/<defect>/*.png  (optional)
 <category>/ground_truth/<defect>/<name>_mask.png  (optional)
 or, of one category, train/good/*.png, ..., or normal images alone, *.png
 MVTec AD: https://www.mvtec.com/company/research/datasets/mvtec-ad, by hand"""
-PLACE = re.compile(r"""(?: (?P<category>[^/]+) / )??
-    (?: train / (?P<normals>good|ok|normal) | test / (?: (?P<good>good|ok|normal) | (?P<bad>[^/]+) )
-      | (?:ground_truth|masks?|gt) / (?!train/|test/) (?P<defect>[^/]+) (?: / (?P<image>[^/]+) )? )
-    / [^/]+""", re.VERBOSE | re.IGNORECASE)             # image: MVTec LOCO has a folder for each
+PLACE = re.compile(r"""(?: (?P<category>[^/]+) / )??       # tried without a category first
+    (?: train / (?P<normals>good|ok|normal)
+      | test / (?: (?P<good>good|ok|normal) | (?P<bad>[^/]+) )
+      | (?:ground_truth|masks?|gt) / (?!train/|test/) (?P<defect>[^/]+) (?: / (?P<image>[^/]+) )?
+    ) / [^/]+""", re.VERBOSE | re.IGNORECASE)               # image: MVTec LOCO's folder for each
 SUFFIXES = set(".png .jpg .jpeg .jfif .jp2 .bmp .gif .tif .tiff .webp .tga .pgm .ppm .heic".split())
 Image.MAX_IMAGE_PIXELS = 2 ** 27    # Pillow refuses more than twice as many, 16,384 x 16,384
 
@@ -58,9 +59,8 @@ def to_float(x):
 
 def load(dataset, normal=None, data_dir="data", image_size=None, validate=False, white=None):
     """A data set as `Data`. normal: "3", "0,1,2", class names, or for folders categories or "all".
-    image_size: side in pixels; None keeps the native one (MNIST's 28 is padded to 32), but folders
-    need it. validate: of labeled images the last sixth of the training split is the test set, for
-    choosing options. white: a saved run's. Raises ValueError and FileNotFoundError."""
+    image_size: pixels; None: as it is (MNIST's 28 padded to 32), not of folders. validate: judge on
+    a sixth of the training split. white: a saved run's. Raises ValueError, FileNotFoundError."""
     if dataset in FOLDERS:
         if validate:
             raise ValueError(f"--validate: {dataset} has no anomalies in its training split")
@@ -92,7 +92,7 @@ def with_progress(items, what, total):
 
 def split(classes, seed, fpr=0.05):
     """Indices of the normals to train on, and of those set aside for the threshold by the seed: of
-    a class a tenth, or as many as `fpr` needs (19 for .05), at most a third; without fpr none."""
+    a class a tenth, or as many as `fpr` needs (19 for .05) up to a third; without fpr none."""
     if fpr is None:
         return torch.arange(len(classes)), torch.arange(0)
     generator, classes = torch.Generator().manual_seed(seed), np.array(classes)
@@ -275,7 +275,7 @@ def sort_files(root):
             image = place["image"] or re.sub("(?i)[-_.](mask|gt|label)$", "", path.stem)
             category.masks[place["defect"].lower(), image].append(path)
         else:
-            getattr(category, place.lastgroup).append(path)
+            getattr(category, place.lastgroup).append(path)         # normals, good or bad
     if not any(category.normals for category in found.values()):    # a folder of images alone
         found[root.resolve().name].normals.extend(path for path in other if path.parent == root)
         other = [path for path in other if path.parent != root]

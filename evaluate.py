@@ -67,10 +67,10 @@ def open_data(c, device="cpu", state=None):
     """Config -> Data, Inputs, Backbone or None. state: of a saved run, whose feature statistics and
     images set aside then hold."""
     size = c["image_size"] if c["dataset"] in FOLDERS or not sees_features(c) else None
-    known = state or dict(white=None, backbone=None, keys=None)
-    data = load(c["dataset"], c["normal"], c["data_dir"], size, c["validate"], known["white"])
+    saved = state or dict(white=None, backbone=None, keys=None)
+    data = load(c["dataset"], c["normal"], c["data_dir"], size, c["validate"], saved["white"])
     backbone = open_backbone(c, device)                     # which scales labeled images itself
-    inputs = to_inputs(data, c["seed"], backbone, FEATURE_CACHE, known["backbone"], known["keys"],
+    inputs = to_inputs(data, c["seed"], backbone, FEATURE_CACHE, saved["backbone"], saved["keys"],
                        None if c["model"] == "nearest" else c["fpr"])
     if c["dataset"] not in FOLDERS:                         # its normal classes are one category
         task = data.categories[0]
@@ -130,18 +130,18 @@ def calibrate(model, c, inputs, size):
     errors by category; `thresholds`, {category: (threshold or None, number of its own images)};
     `color_limit`, the upper end of the heat maps' color scale."""
     known, scores, maps = dict(size=size, statistics={}, thresholds={}), {}, []
-    standardized, left_out = c["score"] == "standardized", c["model"] == "nearest"
-    needed = slice(None if standardized or left_out else 0)                 # all, or none
-    trained = error_maps(model, inputs.train[needed], inputs.prepare)
-    held = error_maps(model, inputs.held, inputs.prepare)
+    standardized, nearest = c["score"] == "standardized", c["model"] == "nearest"
+    held = error_maps(model, inputs.held, inputs.prepare)                   # of nearest none
+    trained = error_maps(model, inputs.train, inputs.prepare) if standardized or nearest else None
     for name in sorted(set(inputs.train_classes)):
-        seen = trained[of_category(inputs.train_classes[needed], name)]
-        new = seen if left_out else held[of_category(inputs.held_classes, name)]
+        seen = of_category(inputs.train_classes, name)
+        new = trained[seen] if nearest else held[of_category(inputs.held_classes, name)]
         if standardized:
-            known["statistics"][name] = place_statistics(smooth(seen, c, size, 64))
-        scores[name] = category_scores(new, [name], c, known)[:, 0]
-        if standardized and left_out:
+            known["statistics"][name] = place_statistics(smooth(trained[seen], c, size, 64))
+        if standardized and nearest:
             scores[name] = left_out_scores(new)
+        else:
+            scores[name] = category_scores(new, [name], c, known)[:, 0]
         maps.append(heat_maps(smooth(new, c, size, 32), size))
     for name, mine in scores.items():
         own = len(mine)                                     # what the threshold can promise
@@ -154,7 +154,8 @@ def calibrate(model, c, inputs, size):
 
 
 def judge(model, c, data, inputs):
-    """The test set -> metrics as in run.json, Judged, and what `calibrate` returns."""
+    """The test set -> metrics as in run.json, Judged, and what `calibrate` returns. untold_auroc:
+    by each image's lowest score over the categories; raw_auroc: by the papers' own score."""
     known = calibrate(model, c, inputs, data.test.shape[-1])
     names, thresholds = [*known["thresholds"]], known["thresholds"]
     if lost := {*data.categories} - {*names}:
@@ -186,8 +187,8 @@ def measure(judged, data, thresholds):
         m = dict(image_auroc=auroc(scores, labels), image_ap=average_precision(scores, labels),
                  pixel_auroc=None, pixel_aupro=None, threshold=limit, threshold_images=normals)
         if data.masks is not None:                          # an anomaly without mask is left out
-            known = data.masks[mine].flatten(1).any(1) | (labels == 0)
-            maps, masks = judged.maps[mine][known].numpy(), data.masks[mine][known].numpy()
+            marked = data.masks[mine].flatten(1).any(1) | (labels == 0)
+            maps, masks = judged.maps[mine][marked].numpy(), data.masks[mine][marked].numpy()
             m["pixel_auroc"] = auroc(maps.ravel(), masks.ravel())
             m["pixel_aupro"] = aupro(maps, masks)
         for rate, label in (("fpr", 0), ("tpr", 1)):
@@ -240,7 +241,7 @@ def verdict(score, limit):
 
 @torch.no_grad()
 def reconstruct(model, inputs, stored):
-    """Stored inputs -> their reconstructions in [0, 1]; of features, see `uniad.draw_tokens`."""
+    """Stored inputs -> their reconstructions as images; of features, see `uniad.draw_tokens`."""
     device = next(model.parameters()).device
     y_hat = model.eval()(inputs.prepare(stored.to(device))).float()
     if inputs.images is None:

@@ -49,7 +49,7 @@ def ssim(y_hat, y, size=11, sigma=1.5, k1=0.01, k2=0.03):
                          ": use larger images, or loss l1 or l2")
     offset = torch.arange(size, dtype=y.dtype, device=y.device) - size // 2
     window = torch.exp(-0.5 * (offset / sigma) ** 2)
-    window = (window / window.sum()).expand(5 * channels, 1, size)      # one copy a channel
+    window = (window / window.sum()).expand(5 * channels, 1, size)      # one copy a plane
     planes = torch.cat([y_hat, y, y_hat * y_hat, y * y, y_hat * y], 1)  # (B, 5C, H, W)
     planes = F.pad(planes, [size // 2] * 4, mode="reflect")
     planes = F.conv2d(planes, window[..., None], groups=5 * channels)   # the Gaussian separates:
@@ -137,8 +137,8 @@ class ReconstructionLoss(nn.Module):
 class HeldLamp(nn.Module):
     """LAMP as a function of the weights, to draw (landscape.py): Eq. 2's maximum does not move.
 
-    Held at its value for the trained weights, it would make 1 - L' negative wherever an error
-    exceeds it. So it is the largest error of all points drawn, of all images together
+    Held at its value for the trained weights, it would make 1 - L' negative where errors are far
+    larger. So it is the largest error of all points drawn, of all images together
     (over="batch") or of each ("image"): `observe` every point, then call. At the trained weights,
     where errors are smaller, the loss is then amplified less than in training.
     """
@@ -191,7 +191,7 @@ class Muon(torch.optim.AdamW):
             inside = name.endswith("weight") and p.dim() > 1 and "project" not in name
             matrices = 3 if "qkv" in name else 1            # how many a parameter holds
             (alike.setdefault((matrices, p.shape), []) if inside else rest).append(p)
-        groups = [dict(params=rest, matrices=0, weight_decay=0.0, lr_ratio=1 / 20)]
+        groups = [dict(params=rest, matrices=0, weight_decay=0.0, lr=lr / 20, lr_ratio=1 / 20)]
         for (matrices, _), weights in alike.items():
             groups.append(dict(params=weights, matrices=matrices))
         super().__init__(groups, lr, weight_decay=weight_decay, fused=True)
@@ -235,11 +235,12 @@ SCHEDULES = {                                               # progress in [0, 1)
 }
 
 
-def settle(c, images):
-    """Fill in what the number of images decides: `epochs`, from the model's `steps`, and so on."""
+def set_epochs(c, images):
+    """Fill in, where not given, `epochs`, from the model's `steps`, and `eval_every`."""
     if c["epochs"] is None:
-        a_pass = math.ceil(images / max(1, c["batch_size"]))
-        c["epochs"] = max(min(1, c["steps"]), round(c["steps"] / a_pass))
+        steps_an_epoch = math.ceil(images / max(1, c["batch_size"]))
+        least = min(1, c["steps"])                          # none where a model is solved
+        c["epochs"] = max(least, round(c["steps"] / steps_an_epoch))
     if c["eval_every"] is None:
         c["eval_every"] = max(1, c["epochs"] // 4)
 
@@ -255,9 +256,9 @@ def draw_batches(n, size, generator, smallest):
     return batches
 
 
-def take_step(model, optim, loss, rate, clip, where):
-    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit). Where
-    optim.amp is set, the optimizer's own products (Muon's) are in bfloat16."""
+def take_step(model, optim, loss, rate, clip, amp, where):
+    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit); amp: the
+    optimizer's own products (Muon's) in bfloat16; where: the step's name, for an error."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
                                  f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
@@ -267,7 +268,7 @@ def take_step(model, optim, loss, rate, clip, where):
     loss.backward()
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
-    with torch.autocast(loss.device.type, torch.bfloat16, enabled=getattr(optim, "amp", False)):
+    with torch.autocast(loss.device.type, torch.bfloat16, enabled=amp):
         optim.step()
 
 
@@ -331,7 +332,7 @@ def record_epoch(epoch, means, seconds):
 
 
 def print_epoch(history, epochs):
-    """A line: on a terminal one that is rewritten, otherwise that of every tenth of the epochs."""
+    """A line, which stays at every tenth of the epochs; a terminal shows the others meanwhile."""
     now = history[-1]
     auroc = now.get("image_auroc")
     judged = "" if auroc is None else f"   image AUROC {auroc:.4f}"

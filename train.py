@@ -5,7 +5,7 @@
 
 The LAMP paper in one line: train on one class with an amplified loss, judge by the L2 error. `fit`
 steps on Eq. 1's sum divided by C H W, a constant, so that one learning rate and one clip hold at
-every image size. On one CPU a command repeats to the last bit.
+every image size. On a CPU a command repeats to the last bit, with the same --threads.
 """
 import argparse
 import functools
@@ -27,8 +27,8 @@ import evaluate as ev
 from autoencoder import NearestToken, reestimate_batch_norm, turned
 from data import DATASETS, FOLDERS, cached_features, to_float
 from lamp_loss import (BASE_LOSSES, OPTIMIZERS, SCHEDULES, ReconstructionLoss, draw_batches,
-                       print_epoch, processes, record_epoch, restore, settle, share_of, snapshot,
-                       start_process, take_step, write_checkpoint)
+                       print_epoch, processes, record_epoch, restore, set_epochs, share_of,
+                       snapshot, start_process, take_step, write_checkpoint)
 from uniad import Backbone
 
 B4, WARM, YES_NO = "efficientnet_b4", "warmup-cosine", argparse.BooleanOptionalAction
@@ -74,7 +74,6 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
     model.to(memory_format=torch.channels_last)             # twice as fast to convolve on a CPU
     network = nn.parallel.DistributedDataParallel(model) if count > 1 else model
     optim = OPTIMIZERS[optimizer](model, lr, weight_decay)
-    optim.amp = amp
     history = restore(resume, optim, order) if resume else []
     for epoch in range(len(history) + 1, epochs + 1):
         start, means = time.perf_counter(), torch.zeros(2)  # of the loss and of the base error
@@ -88,7 +87,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
                 x_hat = network(x)
             loss = criterion(x_hat.float(), target)
             rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
-            take_step(model, optim, loss / target[0].numel() * weight, rate, clip,
+            take_step(model, optim, loss / target[0].numel() * weight, rate, clip, amp,
                       f"epoch {epoch}, step {step + 1}")
             both = torch.stack([loss.detach(), getattr(criterion, "base_error", loss.detach())])
             means += both.cpu() / target[0].numel() * (len(mine) / len(inputs))
@@ -129,7 +128,7 @@ def first_options(add):
     add("--seed", type=int, default=0, help="weights, order, images set aside (default: 0)")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the first")
     add("--threads", type=int, default=0, help="CPU threads (default: all cores)")
-    add("--out", help="folder of the run (default: runs/DATASET-NORMAL-MODEL-LOSS-sSEED)")
+    add("--out", help="folder of the run (default: runs/DATASET-NORMAL-MODEL-LOSS[-lamp]-sSEED)")
     add("--resume", action="store_true", default=False, help="go on where the run in --out stopped")
     add("--overwrite", action="store_true", default=False, help="replace the run in --out")
 
@@ -138,7 +137,7 @@ def other_options(add):
     add("--image-size", type=int, help="side in pixels")
     add("--depth", type=int, help="layers; ae: on each side")
     add("--width", type=int, help="channels of the hidden layers; ae: of the first one")
-    add("--latent", type=int, help="ae: a narrower code; pca: components; nearest: images")
+    add("--latent", type=int, help="of ae's code; pca: components; nearest: images, with copies")
     add("--kernel-size", type=int, default=3, help="ae: odd (default: 3)")
     add("--patches", type=int, default=1, help="ae: n x n patches apart (default: 1)")
     add("--turns", type=int, default=0, help="nearest: positions of an image; 0: 8 if these help")
@@ -166,7 +165,7 @@ def other_options(add):
 
 def fill(given):
     """Given options -> config: all options; raises ValueError where they exclude each other.
-    `epochs` and `eval_every` stay None where the number of images decides, see `settle`."""
+    `epochs` and `eval_every` stay None where the number of images decides, see `set_epochs`."""
     model, dataset = given["model"], given["dataset"]
     c = {key: of_models[MODELS.index(model)] for key, of_models in DEFAULTS.items()}
     c |= {"normal": "all" if dataset in FOLDERS else "0", "epochs": None, "eval_every": None}
@@ -197,11 +196,13 @@ def check(c):
     positive = {"image_size", "depth", "patches", "fpr"}
     positive |= set() if solved else {"epochs", "batch_size", "lr", "width"}
     for key, value in c.items():
-        below_one = key in ("fpr", "dropout")
-        numeric, top = isinstance(value, (int, float)), 1 if below_one else 2 ** 63
-        if numeric and not (0 <= value < top and (value or key not in positive)):   # NaN: no, too
-            raise ValueError(f"--{key.replace('_', '-')} {value}: expected a number above 0"
-                             f"{' and below 1' if below_one else ''}")
+        if isinstance(value, (int, float)):
+            enough = value > 0 if key in positive else value >= 0           # NaN is neither
+            top = 1 if key in ("fpr", "dropout") else 2 ** 63
+            if not (enough and value < top):
+                raise ValueError(f"--{key.replace('_', '-')} {value}: expected a number "
+                                 f"{'above 0' if key in positive else 'of 0 or more'}"
+                                 f"{' and below 1' if top == 1 else ''}")
     if c["resume"] and c["overwrite"]:
         raise ValueError("--resume goes on with the run, --overwrite replaces it: give one of them")
     if solved and (c["lamp"] or c["epochs"] or c["batch_size"]):
@@ -279,7 +280,7 @@ def settle_bank(c, inputs, backbone):
 
 
 def assess(c, model, data, inputs):
-    """Settle batch norm, then judge the test set -> metrics, Judged, what it knows."""
+    """Re-estimate batch norm's statistics, judge the test set -> what `evaluate.judge` returns."""
     batches = inputs.train.tensor_split(-(-len(inputs.train) // 256))
     reestimate_batch_norm(model, (inputs.prepare(x.to(c["device"])) for x in batches))
     return ev.judge(model, c, data, inputs)
@@ -341,7 +342,7 @@ def run(c, command, criterion=None):
     if dist.is_initialized():
         dist.barrier()                                      # all have looked before one writes
     data, inputs, backbone = ev.open_data(c, device, state)
-    settle(c, len(inputs.train))
+    set_epochs(c, len(inputs.train))
     print_start(c, data, inputs)
     if c["model"] == "nearest" and not state:
         settle_bank(c, inputs, backbone)
@@ -377,7 +378,7 @@ def print_start(c, data, inputs):
     print(f"{c['model']}, {c['dataset']} {c['normal']}: {len(inputs.train)} normal to train on, "
           f"{len(inputs.held)} set aside; to test {len(data.labels) - bad} normal, {bad} anomalous")
     usual = parse(["--model", c["model"], "--dataset", c["dataset"]])[1]
-    settle(usual, len(inputs.train))
+    set_epochs(usual, len(inputs.train))
     print("chosen:", *(f"{key}={c[key]}" for key in c if c[key] != usual[key]))
     print("default:", *(f"{key}={c[key]}" for key in c if c[key] == usual[key]))
 

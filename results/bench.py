@@ -109,7 +109,7 @@ def bench_uniad():
 
 
 def bench_step():
-    """Where a step's time goes, and what its matrix products would take at the rate of a large one."""
+    """Where a step's time goes, and what its products would take at the rate of a large one."""
     model, batch = UniAD(dropout=0.0), torch.randn(8, 272, 14, 14)
     optim, square = Muon(model, 0.01, 1e-4), torch.randn(2048, 2048, dtype=torch.bfloat16)
 
