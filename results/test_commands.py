@@ -22,7 +22,7 @@ import landscape
 import train
 import uniad
 from data import to_float
-from lamp_loss import lamp
+from lamp_loss import OPTIMIZERS, lamp, take_step
 from test_all import (FOLDER, TINY, call, close, make_folder, seeded_and_in_an_empty_folder,
                       trained)
 
@@ -179,6 +179,23 @@ def test_untold_and_raw_auroc_are_of_the_least_standardized_score_and_of_the_pla
         assert math.isclose(m[key], np.mean(found), abs_tol=1e-6)
     for label, key in enumerate(("normal_error", "anomaly_error")):
         close(torch.tensor(m[key]), errors.sum((1, 2))[d.labels == label].mean(), 1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_alone_makes_the_step_that_train_py_makes_with_it(name):
+    alone, model = (uniad.UniAD(6, 4, 8, 2, 1, 16, neighbors=3) for _ in range(2))
+    model.load_state_dict(alone.state_dict())
+    weights = torch.randn(sum(p.numel() for p in model.parameters()))
+    optims = [OPTIMIZERS[name](m, 0.01, 0.1) for m in (alone, model)]
+    for _ in range(2):
+        losses = [(torch.cat([p.flatten() for p in m.parameters()]) ** 2 * weights).sum()
+                  for m in (alone, model)]
+        optims[0].zero_grad()
+        losses[0].backward()
+        optims[0].step()
+        take_step(model, optims[1], losses[1], 0.01, 0, False, "")
+    for one, other in zip(alone.parameters(), model.parameters()):
+        assert torch.equal(one, other)
 
 
 def test_at_equal_training_error_lamp_is_compared_with_a_point_on_l2_s_curve(monkeypatch):
