@@ -172,7 +172,7 @@ def parts():
     for seed in (0, 1, 2):                                  # the whole one is in minutes
         for model in without:
             yield {**model, **ON_THREE, "seed": seed}
-    for model in (NO_QUERY, TRANSFORMER, CNN, MLP):
+    for model in (NO_QUERY, TRANSFORMER, CNN, dict(MLP, depth=1)):
         yield {**model, **ON_THREE}
     yield {**UNIAD, **ON_THREE, **BEFORE, "eval_every": 2}
 
