@@ -42,7 +42,7 @@ def examples(out, runs, data_dir):
         title = title_of(c) if title_of(c) not in seen else f"{title_of(c)}, {run}"
         seen[title] = (model, inputs, ev.judge(model, c, data, inputs)[1])
     footer = f"python results/figures.py examples {out} {' '.join(map(str, runs))}"
-    ev.draw_examples(out, seen, data, "\n".join(textwrap.wrap(footer, 160)))
+    ev.draw_examples(out, seen, data, "\n".join(textwrap.wrap(footer, 160, break_on_hyphens=False)))
 
 
 def verdicts(out, runs, data_dir):
