@@ -256,9 +256,9 @@ def draw_batches(n, size, generator, smallest):
     return batches
 
 
-def take_step(model, optim, loss, rate, clip, amp, where):
-    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit); amp: the
-    optimizer's own products (Muon's) in bfloat16; where: the step's name, for an error."""
+def take_step(model, optim, loss, rate, clip, where):
+    """One update at learning rate `rate`, gradient norm at most `clip` (0: no limit); where: the
+    step's name, for an error. optim.amp: the optimizer's own products (Muon's) in bfloat16."""
     if not torch.isfinite(loss):
         raise FloatingPointError(f"loss {loss.item()} at {where}, learning rate {rate:.2g}: try "
                                  f"--lr {rate / 10:.1g} or --clip 1; the last epoch is kept")
@@ -268,7 +268,7 @@ def take_step(model, optim, loss, rate, clip, amp, where):
     loss.backward()
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
-    with torch.autocast(loss.device.type, torch.bfloat16, enabled=amp):
+    with torch.autocast(loss.device.type, torch.bfloat16, enabled=getattr(optim, "amp", False)):
         optim.step()
 
 

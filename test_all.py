@@ -795,7 +795,7 @@ def test_muon_moves_matrices_by_orthogonal_ones_and_the_rest_by_adam_at_a_twenti
     for _ in range(3):
         grads = {name: torch.randn_like(p) for name, p in named.items()}
         loss = sum((p * grads[name]).sum() for name, p in model.named_parameters())
-        take_step(model, muon, loss, 0.04, 0, False, "")
+        take_step(model, muon, loss, 0.04, 0, "")
         for name, p in named.items():
             p.grad = None if name in matrices else grads[name]
         adam.step()

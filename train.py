@@ -74,6 +74,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
     model.to(memory_format=torch.channels_last)             # twice as fast to convolve on a CPU
     network = nn.parallel.DistributedDataParallel(model) if count > 1 else model
     optim = OPTIMIZERS[optimizer](model, lr, weight_decay)
+    optim.amp = amp                                         # for take_step
     history = restore(resume, optim, order) if resume else []
     for epoch in range(len(history) + 1, epochs + 1):
         start, means = time.perf_counter(), torch.zeros(2)  # of the loss and of the base error
@@ -87,7 +88,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
                 x_hat = network(x)
             loss = criterion(x_hat.float(), target)
             rate = lr * SCHEDULES[schedule]((epoch - 1 + step / len(batches)) / epochs)
-            take_step(model, optim, loss / target[0].numel() * weight, rate, clip, amp,
+            take_step(model, optim, loss / target[0].numel() * weight, rate, clip,
                       f"epoch {epoch}, step {step + 1}")
             both = torch.stack([loss.detach(), getattr(criterion, "base_error", loss.detach())])
             means += both.cpu() / target[0].numel() * (len(mine) / len(inputs))
@@ -197,9 +198,8 @@ def check(c):
     positive |= set() if solved else {"epochs", "batch_size", "lr", "width"}
     for key, value in c.items():
         if isinstance(value, (int, float)):
-            enough = value > 0 if key in positive else value >= 0           # NaN is neither
             top = 1 if key in ("fpr", "dropout") else 2 ** 63
-            if not (enough and value < top):
+            if not (0 < value < top or value == 0 and key not in positive):     # NaN is neither
                 raise ValueError(f"--{key.replace('_', '-')} {value}: expected a number "
                                  f"{'above 0' if key in positive else 'of 0 or more'}"
                                  f"{' and below 1' if top == 1 else ''}")

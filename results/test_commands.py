@@ -193,7 +193,7 @@ def test_an_optimizer_alone_makes_the_step_that_train_py_makes_with_it(name):
         optims[0].zero_grad()
         losses[0].backward()
         optims[0].step()
-        take_step(model, optims[1], losses[1], 0.01, 0, False, "")
+        take_step(model, optims[1], losses[1], 0.01, 0, "")
     for one, other in zip(alone.parameters(), model.parameters()):
         assert torch.equal(one, other)
 
