@@ -161,7 +161,7 @@ def unified():
     yield from (dict(UNIAD, **LAMP), dict(UNIAD, **BATCH_HELD), dict(NO_QUERY, **LAMP))
     for latent in (2, 30, 100, 400):
         yield dict(FEATURES, model="pca", latent=latent, score="standardized", eval_every=0)
-    yield dict(FEATURES, model="nearest", turns=1, score="standardized", eval_every=0)
+    yield dict(FEATURES, model="nearest", latent=800, turns=1, score="standardized", eval_every=0)
 
 
 def parts():
