@@ -1,22 +1,28 @@
-"""The loss landscape around a trained model, after Li et al. 2018, and a number for its steepness.
+"""The loss landscape around a trained model, after Li et al. 2018.
 
-LAMP's argument (Park et al. 2023, Sec. 2.1 and 3.2) is a picture: the loss over two random
-directions d, e around the weights w,  f(a, b) = loss(w + a d + b e),  is steeper with LAMP. Each
-filter of a direction is scaled to the norm of the same filter in w, so that models compare.
+LAMP's argument (Park et al. 2023, Sec. 2.1 and 3.2) is a picture. Around the weights w of
+a trained model, along two random directions d and e, the loss
 
-    python landscape.py                a linear model's paraboloid against its closed form
-    python landscape.py RUN RUN...     runs of train.py side by side, as solids and contours
+    f(a, b) = loss(w + a d + b e)
+
+is steeper with LAMP. Each filter of a direction gets the norm that this filter has in w
+(filter normalization), so that models of different scale can be compared.
+
+    python landscape.py                a linear model's surface beside its closed form
+    python landscape.py RUN RUN...     runs of train.py, side by side
     python landscape.py --figure 1     the paper's Fig. 1: autoencoders, L2 and L2-LAMP
-    python landscape.py --figure 3     the paper's Fig. 3: an encoder that predicts MNIST's classes
-    python landscape.py --steepness    three meanings of "steeper", measured: rows of a CSV
+    python landscape.py --figure 3     the paper's Fig. 3: an encoder that predicts digits
 
 On your own model, whatever it is and however its loss is computed:
-    d, e = (random_direction(model.parameters(), seed) for seed in (0, 1))
-    loss_at = around(model, lambda: float(my_loss(model(x), y)), d, e)
-    z = surface(loss_at, xs, ys, "my.npz")       # Ctrl-C loses nothing, a rerun goes on
 
-With `detach` Eq. 2's maximum is a constant to a training step, and held here, too, at the largest
-error of all points drawn (`HeldLamp`). Otherwise, or by --maximum moving, each point has its own.
+    d, e = (random_direction(model.parameters(), seed) for seed in (0, 1))
+    loss_at = loss_at_weights(model, lambda: float(my_loss(model(x), y)), d, e)
+    z = surface(loss_at, xs, ys, "my.npz")      # after Ctrl-C, the same line goes on
+
+Which surface is LAMP's? Eq. 2 divides by the largest error, and that changes from point
+to point. A training step treats it as a constant (`detach`). So it is held here, too, at
+the largest error of all points drawn (`HeldLamp`). With --maximum moving, each point is
+divided by its own largest error.
 """
 import argparse
 import itertools
@@ -27,6 +33,7 @@ import textwrap
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,34 +44,42 @@ from torch import nn
 
 import evaluate as ev
 import train
-from autoencoder import ConvAutoencoder, reestimate_batch_norm
-from data import DATASETS, resize, to_float
-from lamp_loss import HeldLamp, ReconstructionLoss
+from autoencoder import ConvAutoencoder
+from data import load_mnist, resize, to_float
+from lamp_loss import BASE_LOSSES, ReconstructionLoss, largest
 
 
-# ---- directions and surfaces ----
+# ---- directions and surfaces: to copy alone, with os, time, numpy, torch and Path ----
 
 def filter_normalize(d, w):
-    """Each filter (slice along dimension 0) of direction d gets the norm of that filter in w.
+    """Give each filter of direction d the norm of the same filter in the weights w.
 
-    Two tensors of one parameter -> one like them; zeros where w.dim() <= 1 (biases, batch norm).
+    A filter is a slice along dimension 0. Two tensors of one parameter -> one like them.
+    It is zero where w.dim() <= 1, for biases and batch normalization.
     """
     if w.dim() <= 1:
         return torch.zeros_like(w)
-    norm_of_d, norm_of_w = d.flatten(1).norm(dim=1), w.flatten(1).norm(dim=1)   # (filters,)
+    norm_of_d = d.flatten(1).norm(dim=1)                            # (filters,)
+    norm_of_w = w.flatten(1).norm(dim=1)
     ratio = norm_of_w / (norm_of_d + 1e-10)
     return d * ratio.view(-1, *[1] * (w.dim() - 1))
 
 
 def random_direction(parameters, seed):
-    """A Gaussian direction in the space of the parameters, filter-normalized: a list of tensors."""
+    """A Gaussian direction in the space of the parameters, filter-normalized: tensors."""
     generator = torch.Generator().manual_seed(seed)
-    return [filter_normalize(torch.randn(w.shape, generator=generator).to(w.device), w.detach())
-            for w in parameters]
+    direction = []
+    for w in parameters:
+        d = torch.randn(w.shape, generator=generator).to(w.device)
+        direction.append(filter_normalize(d, w.detach()))
+    return direction
 
 
-def around(model, loss, d, e):
-    """-> loss_at(a, b): loss() with model's weights at w + a d + b e; loss_at(0, 0) restores w."""
+def loss_at_weights(model, loss, d, e):
+    """The function (a, b) -> loss() with the model's weights at w + a d + b e.
+
+    d, e: a tensor for each parameter. Calling it with (0, 0) restores the weights w.
+    """
     weights = [w.detach().clone() for w in model.parameters()]
 
     @torch.no_grad()
@@ -76,26 +91,28 @@ def around(model, loss, d, e):
 
 
 def surface(loss_at, xs, ys, path=None):
-    """z[i, j] = loss_at(xs[i], ys[j]) -> array (len(xs), len(ys)); each point is computed once.
+    """z[i, j] = loss_at(xs[i], ys[j]), an array (len(xs), len(ys)).
 
-    path: a .npz that is written as the surface grows (NaN = not yet), and gone on with if it is
-    there; of another grid, ValueError.
+    Each point is computed once. path: a .npz file, which is written as the surface grows.
+    If it is there already, only its missing points (NaN) are computed. Raises ValueError
+    where it holds another grid.
     """
     z = np.full((len(xs), len(ys)), np.nan)
     if path and Path(path).exists():
         with np.load(path) as saved:
             if not (np.array_equal(saved["xs"], xs) and np.array_equal(saved["ys"], ys)):
-                raise ValueError(f"{path} is of another grid: delete it, or name another --out")
+                raise ValueError(f"{path} holds another grid: delete it, or name another file")
             z = saved["z"]
     todo = np.argwhere(np.isnan(z))
-    start = reported = time.perf_counter()
+    start = printed = time.perf_counter()
     try:
-        for count, (i, j) in enumerate(todo, 1):
+        for done, (i, j) in enumerate(todo, 1):
             z[i, j] = loss_at(float(xs[i]), float(ys[j]))
             now = time.perf_counter()
-            if now - reported > 5:
-                reported, left = now, (now - start) / count * (len(todo) - count)
-                print(f"{count} of {len(todo)} points, {left:.0f} s left", flush=True)
+            if now - printed > 5:
+                printed = now
+                left = (now - start) / done * (len(todo) - done)
+                print(f"{done} of {len(todo)} points, {left:.0f} s left", flush=True)
                 if path:
                     write_surface(path, z, xs, ys)
     finally:
@@ -107,45 +124,70 @@ def surface(loss_at, xs, ys, path=None):
 
 
 def write_surface(path, z, xs, ys):
+    """Write a file beside its place, then move it there, so that it is never half written."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     np.savez(f"{path}.tmp.npz", z=z, xs=xs, ys=ys)
     os.replace(f"{path}.tmp.npz", path)
 
 
-def model_surface(model, criterion, x, y, xs, seed=0, path=None):
-    """The surface of criterion(model(x), y) around a model, on two directions drawn from `seed`."""
-    model.eval()
-    d, e = (random_direction(model.parameters(), 2 * seed + i) for i in (0, 1))
+# ---- LAMP as a function of the weights ----
 
-    def surface_of(value, path):
-        loss_at = around(model, lambda: float(value(model(x), y)), d, e)
-        return surface(loss_at, xs, xs, path)
-    if isinstance(criterion, HeldLamp):
-        maxima = surface_of(criterion.observe, None)        # of each point; it keeps the largest
-        print(f"Eq. 2's maximum is {maxima[len(xs) // 2, len(xs) // 2]:.3f} at the trained "
-              f"weights, held at {float(criterion.maximum.mean()):.3f}")
-    return surface_of(criterion, path)
+class HeldLamp(nn.Module):
+    """LAMP with a maximum in Eq. 2 that does not move, so that it can be drawn.
 
-
-def steepness(z, xs, ys):
-    """How steep a surface is -> {gradient, curvature, and both divided by the loss at the center}.
-
-    gradient: mean over the grid of the gradient's norm (central differences); curvature: mean of
-    the second differences along both axes. Divided by the center they do not see the loss's scale.
+    The maximum cannot be that at the trained weights: where errors are larger, 1 - L'
+    would be negative. So it is the largest error of all points drawn, of all images
+    together (over="batch") or of each image (over="image"). Call `observe` at every
+    point first. At the trained weights, where errors are smaller, the loss is then
+    amplified less than in training.
     """
-    gradient = np.hypot(*np.gradient(z, xs, ys)).mean()
-    along_x = np.diff(z, 2, axis=0).mean() / (xs[1] - xs[0]) ** 2
-    along_y = np.diff(z, 2, axis=1).mean() / (ys[1] - ys[0]) ** 2
-    curvature = (along_x + along_y) / 2
-    center = z[len(xs) // 2, len(ys) // 2]
-    return {"gradient": gradient, "curvature": curvature, "gradient_per_loss": gradient / center,
-            "curvature_per_loss": curvature / center}
+
+    def __init__(self, loss="l2", eps=0.03, over="image"):
+        super().__init__()
+        self.base_loss, self.eps, self.over = BASE_LOSSES[loss], eps, over
+        self.maximum = torch.tensor(1e-30)
+
+    def observe(self, y_hat, y):
+        """Raise the maximum to these errors -> their own maximum, the mean over images."""
+        here = largest(self.base_loss(y_hat, y), self.over)
+        self.maximum = torch.maximum(here, self.maximum)
+        return here.mean()
+
+    def forward(self, y_hat, y):
+        scaled = self.base_loss(y_hat, y) / self.maximum * (1 - self.eps)
+        return -torch.log1p(-scaled).sum() / len(y)
+
+
+def model_surface(model, criterion, x, y, xs, seed=0, path=None):
+    """The surface of criterion(model(x), y) along two directions: (len(xs), len(xs))."""
+    model.eval()
+    d = random_direction(model.parameters(), 2 * seed)
+    e = random_direction(model.parameters(), 2 * seed + 1)
+    if isinstance(criterion, HeldLamp):
+        observe = loss_at_weights(model, lambda: float(criterion.observe(model(x), y)), d, e)
+        maxima = surface(observe, xs, xs)
+        center = maxima[len(xs) // 2, len(xs) // 2]
+        print(f"Eq. 2's maximum is {center:.3f} at the trained weights, and is held at "
+              f"{float(criterion.maximum.mean()):.3f}")
+    loss_at = loss_at_weights(model, lambda: float(criterion(model(x), y)), d, e)
+    return surface(loss_at, xs, xs, path)
 
 
 # ---- pictures ----
 
+class Settings(NamedTuple):
+    """What all pictures share."""
+    xs: np.ndarray                      # steps along a direction, 0 in the middle
+    images: int = 512                   # how many training images the loss is computed on
+    seed: int = 0                       # of the directions, and of a figure's training
+    epochs: int = 4                     # of a figure's training
+    maximum: str = "held"               # Eq. 2's: "held", or "moving" with each point
+    data_dir: str = None                # None: as in the run, or data
+    command: str = ""                   # for the footer
+
+
 def draw_contours(axis, xs, z, levels):
-    """Contour lines of one panel; a cross marks the trained weights."""
+    """The contour lines of one panel. A cross marks the trained weights."""
     if ((z.min() < levels) & (levels < z.max())).any():
         axis.contour(xs, xs, z.T, levels=levels, vmin=levels[0], vmax=levels[-1], cmap="viridis")
     else:
@@ -154,245 +196,217 @@ def draw_contours(axis, xs, z, levels):
     axis.set(xlabel="direction d", ylabel="direction e", aspect="equal")
 
 
-def draw(path, panels, args, what, rows=1, solid=True):
-    """panels: [(title, z), ...], all with the same contour levels and colors: contours in several
-    rows (Fig. 3), or in one row below their solids (Fig. 1). Corners that tower are cut off."""
-    xs, values = args.xs, np.concatenate([z.ravel() for _, z in panels])
+def draw_solid(axis, xs, z, low, high):
+    """The surface of one panel as a solid. Corners that tower are cut off at `high`."""
+    a, b = np.meshgrid(xs, xs, indexing="ij")
+    axis.plot_surface(a, b, z.clip(max=high), cmap="viridis", vmin=low, vmax=high)
+    axis.set(zlim=(min(low, 0), high), xlabel="d", ylabel="e")
+
+
+def draw(path, panels, settings, what, rows=1, solid=True):
+    """Draw surfaces with the same contour levels and colors.
+
+    panels: [(title, z), ...]. solid: draw them as solids above their contours, in one
+    row (Fig. 1), or else contours alone in `rows` rows (Fig. 3). what: for the footer.
+    """
+    xs, values = settings.xs, np.concatenate([z.ravel() for _, z in panels])
     if not np.isfinite(values).all():
-        raise ValueError("the loss is not finite at some points: lower --span")
+        raise ValueError("the loss is not finite at some points: use a smaller --span")
     low, high = values.min(), np.quantile(values, 0.97)
-    high = high if high > low else low + 1                  # flat
+    high = high if high > low else low + 1                  # all surfaces are flat
     columns = len(panels) // rows
     rows = 2 if solid else rows
     figure = Figure((4.2 * columns + 0.8, 4.0 * rows), layout="constrained")
-    for n, (title, z) in enumerate(panels, 1):
-        flat = figure.add_subplot(rows, columns, n + columns * solid, title="" if solid else title)
-        draw_contours(flat, xs, z, np.linspace(low, high, 31))
+    for number, (title, z) in enumerate(panels, 1):
         if solid:
-            top = figure.add_subplot(rows, columns, n, projection="3d", title=title)
-            a, b = np.meshgrid(xs, xs, indexing="ij")
-            top.plot_surface(a, b, z.clip(max=high), cmap="viridis", vmin=low, vmax=high)
-            top.set(zlim=(min(low, 0), high), xlabel="d", ylabel="e")
+            top = figure.add_subplot(rows, columns, number, projection="3d", title=title)
+            draw_solid(top, xs, z, low, high)
+            flat = figure.add_subplot(rows, columns, columns + number)
+        else:
+            flat = figure.add_subplot(rows, columns, number, title=title)
+        draw_contours(flat, xs, z, np.linspace(low, high, 31))
     colors = ScalarMappable(Normalize(low, high), "viridis")
     figure.colorbar(colors, ax=figure.axes, shrink=0.5, format="%.3g", label="loss of an image")
-    text = (f"{args.command}; {what}; +: the trained weights; directions of "
-            f"seed {args.seed}, filter-normalized; {args.grid} x {args.grid} points")
-    figure.supxlabel("\n".join(textwrap.wrap(text, 40 * columns)), fontsize=7)
+    footer = (f"{settings.command}; {what}; +: the trained weights; directions of seed "
+              f"{settings.seed}, filter-normalized; {len(xs)} x {len(xs)} points")
+    figure.supxlabel("\n".join(textwrap.wrap(footer, 40 * columns)), fontsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
 
-# ---- the models that are drawn, and their losses ----
+# ---- the models that are drawn ----
 
-READINGS = {"autoencoder": dict(eps=0.03, over="image", detach=True),       # as train.py has it
-            "classifier": dict(eps=0.1, over="batch", detach=True)}         # by image: accuracy .60
+READINGS = {                            # of Eq. 2, see lamp_loss.scale
+    "autoencoder": dict(eps=0.03, over="image", detach=True),       # train.py's default
+    # Over each image the encoder hardly learns: its accuracy is .60, not .97.
+    "classifier": dict(eps=0.1, over="batch", detach=True),
+}
 
 
-def criterion_of(args, loss, lamp, eps, over, detach):
-    if lamp and detach and args.maximum == "held":
+def criterion_of(loss, lamp, eps, over, detach, maximum):
+    """The loss that is drawn. maximum: "held" or "moving", see `Settings`."""
+    if lamp and detach and maximum == "held":
         return HeldLamp(loss, eps, over)
     return ReconstructionLoss(loss, lamp, eps, over)
 
 
-def open_run(run, args):
-    """A run -> (config, model, its first training images as the model sees them)."""
+def open_run(run, settings):
+    """A run -> its config, its model, and training images as the model sees them."""
     state, model = ev.load_run(run)
-    c = {**state["config"], "data_dir": args.data_dir or state["config"]["data_dir"]}
+    c = {**state["config"], "data_dir": settings.data_dir or state["config"]["data_dir"]}
     inputs = ev.open_data(c, "cpu", state)[1]
-    return c, model, inputs.prepare(inputs.train[:args.images])
+    return c, model, inputs.prepare(inputs.train[:settings.images])
 
 
-def train_run(lamp, batch_size, seed, args):
-    """An autoencoder of MNIST's digit 3, L2 or L2-LAMP -> its folder, where it may be already."""
-    name = f"mnist-3-{'l2-lamp' if lamp else 'l2'}-b{batch_size}-e{args.epochs}-s{seed}"
-    argv = ["--dataset=mnist", "--normal=3", "--lr=1e-3", "--eval-every=0", "--no-pictures",
-            f"--batch-size={batch_size}", f"--epochs={args.epochs}", f"--seed={seed}",
-            f"--threads={args.threads}", f"--data-dir={args.data_dir or 'data'}",
-            f"--out=runs/landscape/{name}", "--resume", *(["--lamp"] if lamp else [])]
-    try:
-        train.main(argv)
-    except SystemExit as stop:
-        if stop.code:
-            raise                                           # train.py has said why
-    return f"runs/landscape/{name}"
+def train_autoencoder(lamp, batch_size, seed, settings):
+    """Train on MNIST's digit 3, with L2 or L2-LAMP, if that is not done yet -> the run."""
+    name = f"mnist-3-{'l2-lamp' if lamp else 'l2'}-b{batch_size}-e{settings.epochs}-s{seed}"
+    config = dict(
+        dataset="mnist", normal="3", data_dir=settings.data_dir or "data", lamp=lamp, lr=1e-3,
+        batch_size=batch_size, epochs=settings.epochs, seed=seed, eval_every=0, pictures=False,
+        out=f"runs/landscape/{name}")
+    record = train.run(config, resume=True, command=settings.command)
+    if record["interrupted"]:
+        raise KeyboardInterrupt
+    return config["out"]
 
 
-def train_classifier(lamp, batch_size, seed, args):
-    """Sec. 3.2: "the encoder part of the AE that is trained to predict class labels" of MNIST. The
-    rest is ours: flatten, linear, sigmoid; L2 or L2-LAMP against one-hot labels -> model, x, y."""
-    (images, labels), _, _ = DATASETS["mnist"](Path(args.data_dir or "data"))
+def train_classifier(lamp, batch_size, seed, settings):
+    """Sec. 3.2: "the encoder part of the AE that is trained to predict class labels".
+
+    What follows the encoder is our choice: flatten, a linear map and a sigmoid, with L2
+    or L2-LAMP against one-hot labels of MNIST -> model, x, y.
+    """
+    (images, labels), _, _ = load_mnist(Path(settings.data_dir or "data"))
     x, y = resize(images[:10000], 32), torch.eye(10)[labels[:10000]]
     torch.manual_seed(seed)
-    encoder = ConvAutoencoder().encoder                                     # (B, 128, 2, 2)
+    encoder = ConvAutoencoder().encoder                             # -> (B, 128, 2, 2)
     model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(512, 10), nn.Sigmoid())
     print(f"encoder, {'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}, seed {seed}")
     criterion = ReconstructionLoss("l2", lamp, **READINGS["classifier"])
-    train.fit(model, x, criterion, y, epochs=args.epochs, batch_size=batch_size, seed=seed)
-    reestimate_batch_norm(model, to_float(x).split(250))
-    return model, to_float(x[:args.images]), y[:args.images]
+    train.fit(model, x, criterion, y, epochs=settings.epochs, batch_size=batch_size, seed=seed)
+    train.reestimate_batch_norm(model, to_float(x).split(250))
+    return model, to_float(x[:settings.images]), y[:settings.images]
 
 
-# ---- what the paper draws, and what it suggests ----
+# ---- the paper's figures ----
 
-def compare_runs(runs, args, out):
-    """Runs side by side (Fig. 1): same draws, and same images where data set and seed are."""
-    loaded = [open_run(run, args) for run in runs]
-    shapes = [[p.shape for p in model.parameters()] for _, model, _ in loaded]
-    panels = []
-    for number, (c, model, x) in enumerate(loaded):
-        if shapes[number] != shapes[0]:
-            raise ValueError(f"{runs[number]} is of another architecture than {runs[0]}")
-        loss, lamp = (c["loss"], c["lamp"]) if args.under == "own" else (args.under, False)
-        criterion = criterion_of(args, loss, lamp, c["eps"], c["over"], c["detach"])
+def figure_1(settings, out):
+    """The paper's Fig. 1: autoencoders trained with L2 and with L2-LAMP, batch size 32."""
+    runs = [train_autoencoder(lamp, 32, settings.seed, settings) for lamp in (False, True)]
+    compare_runs(runs, settings, out)
+
+
+def compare_runs(runs, settings, out, under="own"):
+    """Draw runs side by side, along the same random draws.
+
+    under: the loss that is drawn, each run's "own", or "l1", "l2" or "ssim" for all.
+    Raises ValueError where two runs differ in their architecture.
+    """
+    panels, first, any_held = [], None, False
+    for run in runs:
+        c, model, x = open_run(run, settings)
+        shapes = [p.shape for p in model.parameters()]
+        first = first or shapes
+        if shapes != first:
+            raise ValueError(f"{run} has another architecture than {runs[0]}")
+        loss, lamp = (c["loss"], c["lamp"]) if under == "own" else (under, False)
+        criterion = criterion_of(loss, lamp, c["eps"], c["over"], c["detach"], settings.maximum)
+        any_held = any_held or isinstance(criterion, HeldLamp)
+
+        # The file of a surface is named by all that it depends on.
         content = b"".join(t.numpy().tobytes() for t in (*model.state_dict().values(), x))
-        options = f"{args.under} {args.maximum} {args.seed}".encode()
-        path = f"runs/landscape/{Path(out).stem}-{zlib.crc32(content + options):08x}.npz"
-        z = model_surface(model, criterion, x, x, args.xs, args.seed, path)
+        content += f"{under} {settings.maximum} {settings.seed}".encode()
+        path = f"runs/landscape/{Path(out).stem}-{zlib.crc32(content):08x}.npz"
+        z = model_surface(model, criterion, x, x, settings.xs, settings.seed, path)
         name = c["loss"].upper() + ("-LAMP" if c["lamp"] else "")
-        panels.append((f"{name}, batch size {c['batch_size']}, under {args.under} loss", z))
-    held = any(c["lamp"] and c["detach"] for c, _, _ in loaded)
-    maximum = f"; Eq. 2's maximum {args.maximum}" if held else ""
-    draw(out, panels, args, f"{', '.join(runs)}{maximum}; {len(x)} images")
+        panels.append((f"{name}, batch size {c['batch_size']}, under {under} loss", z))
+    maximum = f"; Eq. 2's maximum {settings.maximum}" if any_held else ""
+    draw(out, panels, settings, f"{', '.join(runs)}{maximum}; {len(x)} images")
 
 
-def figure_3(args, out):
-    """The paper's Fig. 3: contours of L2 and L2-LAMP (see READINGS), batch sizes 128, 16 and 4."""
+def figure_3(settings, out):
+    """The paper's Fig. 3: contours of L2 and L2-LAMP at batch sizes 128, 16 and 4."""
     panels = []
     for lamp, batch_size in itertools.product((False, True), (128, 16, 4)):
-        model, x, y = train_classifier(lamp, batch_size, args.seed, args)
-        criterion = criterion_of(args, "l2", lamp, **READINGS["classifier"])
-        z = model_surface(model, criterion, x, y, args.xs, args.seed)
+        model, x, y = train_classifier(lamp, batch_size, settings.seed, settings)
+        criterion = criterion_of("l2", lamp, **READINGS["classifier"], maximum=settings.maximum)
+        z = model_surface(model, criterion, x, y, settings.xs, settings.seed)
         panels.append((f"{'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}", z))
-    what = f"encoders that predict MNIST's classes, {args.epochs} epochs, {len(x)} images"
-    draw(out, panels, args, f"{what}; maximum {args.maximum}", rows=2, solid=False)
-
-
-def mean_steepness(network, model, lamp, x, y, seed, args):
-    """`steepness` under L2 or L2-LAMP, as an array: its mean over four pairs of directions."""
-    found = []
-    for pair in range(4):
-        criterion = criterion_of(args, "l2", lamp, **READINGS[network])
-        z = model_surface(model, criterion, x, y, args.xs, 10 * seed + pair)
-        found.append([*steepness(z, args.xs, args.xs).values()])
-    return np.mean(found, axis=0)
-
-
-def measure_steepness(network, batch_size, seed, args):
-    """How many times steeper LAMP is than L2, by three meanings -> three lines of the CSV.
-
-    a: the L2 model seen through LAMP; b: each model under its own loss, as in the paper; c: both
-    models under L2.
-    """
-    models = []
-    for lamp in (False, True):
-        if network == "autoencoder":
-            _, model, x = open_run(train_run(lamp, batch_size, seed, args), args)
-            y = x
-        else:
-            model, x, y = train_classifier(lamp, batch_size, seed, args)
-        models.append(model)
-    plain, amplified = models
-    base, lines = mean_steepness(network, plain, False, x, y, seed, args), ""
-    for compared, model, lamp in (("a", plain, True), ("b", amplified, True),
-                                  ("c", amplified, False)):
-        ratios = mean_steepness(network, model, lamp, x, y, seed, args) / base
-        cells = ",".join(f"{ratio:.4f}" for ratio in ratios)
-        lines += f"{network},{batch_size},{seed},{compared},{cells}\n"
-    return lines
-
-
-def measure_all(args, out):
-    """Steepness of 2 networks x 3 batch sizes x 3 seeds, appended to a CSV as each ends; what is
-    there already is not measured again. Raises ValueError where that has other options."""
-    readings = [f"{network}={r['over']},eps-{r['eps']}" for network, r in READINGS.items()]
-    head = (f"# images={args.images} grid={args.grid} span={args.span:g} epochs={args.epochs} "
-            f"maximum={args.maximum} {' '.join(readings)} torch={torch.__version__}\nnetwork,"
-            "batch_size,seed,compared,gradient,curvature,gradient_per_loss,curvature_per_loss\n")
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(head)
-    known = path.read_text()
-    if not known.startswith(head):
-        raise ValueError(f"{out} was measured with other options: delete it, or name another --out "
-                         f"(expected: {head.splitlines()[0]})")
-    for task in itertools.product(("autoencoder", "classifier"), (128, 16, 4), range(3)):
-        if ",".join(map(str, task)) + ",c," not in known:
-            lines = measure_steepness(*task, args)
-            with path.open("a") as file:
-                file.write(lines)
-            print(lines, end="", flush=True)
-    print(f"wrote {out}")
+    what = f"encoders that predict MNIST's classes, {settings.epochs} epochs, {len(x)} images"
+    draw(out, panels, settings, f"{what}; maximum {settings.maximum}", rows=2, solid=False)
 
 
 # ---- the command ----
 
 def paraboloid():
-    """A linear model under a quadratic loss: its surface is |r + a u + b v|^2, a paraboloid."""
+    """A linear model under a squared loss: its surface is |r + a u + b v|^2."""
     torch.manual_seed(0)
-    model, x, y, xs = nn.Linear(4, 3), torch.randn(50, 4), torch.randn(50, 3), np.linspace(-1, 1, 5)
+    model, x, y = nn.Linear(4, 3), torch.randn(50, 4), torch.randn(50, 3)
+    xs = np.linspace(-1, 1, 5)
     d, e = (random_direction(model.parameters(), seed) for seed in (0, 1))
-    z = surface(around(model, lambda: float((model(x) - y).square().sum()), d, e), xs, xs)
-    r, u, v = (model(x) - y).detach(), x @ d[0].T, x @ e[0].T              # d, e: zero for the bias
+    loss_at = loss_at_weights(model, lambda: float((model(x) - y).square().sum()), d, e)
+    z = surface(loss_at, xs, xs)
+    r = (model(x) - y).detach()
+    u, v = x @ d[0].T, x @ e[0].T                           # d and e are zero for the bias
     print("    a     b   surface   |r + a u + b v|^2")
     for (i, a), (j, b) in itertools.product(enumerate(xs), enumerate(xs)):
-        print(f"{a:5.1f} {b:5.1f} {z[i, j]:9.3f} {float((r + a * u + b * v).square().sum()):9.3f}")
+        expected = float((r + a * u + b * v).square().sum())
+        print(f"{a:5.1f} {b:5.1f} {z[i, j]:9.3f} {expected:9.3f}")
 
 
-def parse(argv):
+def steps(span, grid):
+    """`grid` steps from -span to span, an odd number, so that the middle one is 0."""
+    xs = np.linspace(-span, span, grid)
+    xs[grid // 2] = 0.0                                     # exactly the trained weights
+    return xs
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote, of one architecture")
     add("--figure", type=int, choices=(1, 3), help="the paper's figure, with the training it needs")
-    add("--steepness", action="store_true", help="measure three meanings of steeper, 3 seeds")
-    add("--under", choices=("own", "l1", "l2", "ssim"), default="own",
+    add("--under", choices=("own", *BASE_LOSSES), default="own",
         help="the loss that is drawn: each run's own, or one for all (default: own)")
     add("--maximum", choices=("held", "moving"), default="held",
-        help="Eq. 2's, of LAMP: of all points drawn, or of each point its own (default: held)")
-    add("--grid", type=int, default=31, help="points a side, odd (default: 31)")
-    add("--span", type=float, default=1.0, help="largest step, in weights' norms (default: 1)")
+        help="of LAMP's Eq. 2: held for all points, or each point's own (default: held)")
+    add("--grid", type=int, default=31, help="points on a side, odd (default: 31)")
+    add("--span", type=float, default=1.0, help="the largest step, in weights' norms (default: 1)")
     add("--images", type=int, default=512, help="training images (default: 512)")
     add("--seed", type=int, default=0, help="of directions and a figure's training (default: 0)")
     add("--epochs", type=int, default=4, help="of a figure's training (default: 4)")
-    add("--threads", type=int, default=0, help="CPU threads, 0 for all cores (default: 0)")
     add("--data-dir", help="where the data sets are (default: as in the run, or data)")
-    add("--out", help="picture or CSV (default: in figures, runs/landscape, results/steepness.csv)")
+    add("--out", help="the picture (default: in runs/landscape)")
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", "landscape.py", *(argv or sys.argv[1:])])
     if args.grid < 3 or args.grid % 2 == 0:
-        parser.error(f"--grid {args.grid}: an odd number from 3 on, so that the center is a point")
+        parser.error(f"--grid {args.grid}: use an odd number from 3 on, so that the center is "
+                     "a point")
     if not 0 < args.span <= 1e3:
-        parser.error(f"--span {args.span}: a step above 0, at most 1000")
-    if min(args.images, args.epochs) < 1 or min(args.seed, args.threads) < 0:
-        parser.error("--images and --epochs start at 1, --seed and --threads at 0")
-    if bool(args.runs) + bool(args.figure) + args.steepness > 1:
-        parser.error("give runs, or --figure, or --steepness")
-    args.xs = np.linspace(-args.span, args.span, args.grid)
-    args.xs[args.grid // 2] = 0.0                           # exactly the trained weights
-    return parser, args
-
-
-def main(argv=None):
-    parser, args = parse(argv)
-    torch.set_num_threads(args.threads or os.cpu_count())
-    torch.set_flush_denormal(True)
+        parser.error(f"--span {args.span}: use a step above 0 and at most 1000")
+    if min(args.images, args.epochs) < 1 or args.seed < 0:
+        parser.error("--images and --epochs start at 1, --seed at 0")
+    if args.runs and args.figure:
+        parser.error("give runs, or --figure, not both")
+    settings = Settings(steps(args.span, args.grid), args.images, args.seed, args.epochs,
+                        args.maximum, args.data_dir, shlex.join(["python", "landscape.py", *argv]))
+    torch.set_flush_denormal(True)                          # far away, numbers become tiny
     try:
-        if args.steepness:
-            measure_all(args, args.out or "results/steepness.csv")
+        if args.figure == 1:
+            figure_1(settings, args.out or "runs/landscape/figure1.png")
         elif args.figure == 3:
-            figure_3(args, args.out or "figures/figure3.png")
-        elif args.figure == 1:
-            runs = [train_run(lamp, 32, args.seed, args) for lamp in (False, True)]
-            compare_runs(runs, args, args.out or "figures/figure1.png")
+            figure_3(settings, args.out or "runs/landscape/figure3.png")
         elif args.runs:
-            compare_runs(args.runs, args, args.out or "runs/landscape/landscape.png")
+            compare_runs(args.runs, settings, args.out or "runs/landscape/landscape.png",
+                         args.under)
         else:
             paraboloid()
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"landscape.py: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted; the same command keeps the runs and rows that are done\n")
+        parser.exit(130, "\ninterrupted: the same command goes on where this one stopped\n")
     raise SystemExit(0)
 
 

@@ -1,0 +1,129 @@
+"""Steepness: how many times steeper LAMP's loss landscape is than L2's, by three meanings.
+
+    python results/steepness.py          # rows of results/steepness.csv, about an hour
+
+Two networks (the autoencoder of Fig. 1, the encoder of Fig. 3), three batch sizes, three
+seeds. Each is compared with the L2 model under L2, by the mean over four pairs of random
+directions:
+    a    the L2 model, seen through LAMP
+    b    the LAMP model under LAMP, as the paper draws it
+    c    the LAMP model under L2, so that both are seen under one loss
+
+A row is appended as soon as it is measured, and what is there is not measured again.
+"""
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from landscape import (READINGS, Settings, criterion_of, model_surface, open_run, steps,
+                       train_autoencoder, train_classifier)
+
+
+def steepness(z, xs, ys):
+    """How steep a surface z, (len(xs), len(ys)), is -> four numbers by name.
+
+    gradient: the mean over the grid of the gradient's norm (central differences).
+    curvature: the mean of the second differences along both axes.
+    Each is also divided by the loss at the center, so as not to see the loss's scale.
+    """
+    gradient = np.hypot(*np.gradient(z, xs, ys)).mean()
+    along_x = np.diff(z, 2, axis=0).mean() / (xs[1] - xs[0]) ** 2
+    along_y = np.diff(z, 2, axis=1).mean() / (ys[1] - ys[0]) ** 2
+    curvature = (along_x + along_y) / 2
+    center = z[len(xs) // 2, len(ys) // 2]
+    return {"gradient": gradient, "curvature": curvature, "gradient_per_loss": gradient / center,
+            "curvature_per_loss": curvature / center}
+
+
+def mean_steepness(network, model, lamp, x, y, seed, settings):
+    """`steepness` under L2 or L2-LAMP, the mean over four pairs of directions: (4,)."""
+    found = []
+    for pair in range(4):
+        criterion = criterion_of("l2", lamp, **READINGS[network], maximum=settings.maximum)
+        z = model_surface(model, criterion, x, y, settings.xs, 10 * seed + pair)
+        found.append(list(steepness(z, settings.xs, settings.xs).values()))
+    return np.mean(found, axis=0)
+
+
+def trained_pair(network, batch_size, seed, settings):
+    """The models trained with L2 and with L2-LAMP, and x, y to compute the loss on."""
+    models = []
+    for lamp in (False, True):
+        if network == "autoencoder":
+            run = train_autoencoder(lamp, batch_size, seed, settings)
+            _, model, x = open_run(run, settings)
+            y = x
+        else:
+            model, x, y = train_classifier(lamp, batch_size, seed, settings)
+        models.append(model)
+    return *models, x, y
+
+
+def measure_steepness(network, batch_size, seed, settings):
+    """Three lines of the CSV: how many times steeper, by the meanings a, b and c."""
+    plain, amplified, x, y = trained_pair(network, batch_size, seed, settings)
+    base = mean_steepness(network, plain, False, x, y, seed, settings)
+    lines = ""
+    for meaning, model, lamp in (("a", plain, True), ("b", amplified, True),
+                                 ("c", amplified, False)):
+        ratios = mean_steepness(network, model, lamp, x, y, seed, settings) / base
+        cells = ",".join(f"{ratio:.4f}" for ratio in ratios)
+        lines += f"{network},{batch_size},{seed},{meaning},{cells}\n"
+    return lines
+
+
+def header(settings):
+    """The first two lines of the CSV: what all rows share, and the columns."""
+    readings = [f"{network}={r['over']},eps-{r['eps']}" for network, r in READINGS.items()]
+    return (f"# images={settings.images} grid={len(settings.xs)} span={settings.xs[-1]:g} "
+            f"epochs={settings.epochs} maximum={settings.maximum} {' '.join(readings)} "
+            f"torch={torch.__version__}\nnetwork,batch_size,seed,compared,gradient,curvature,"
+            "gradient_per_loss,curvature_per_loss\n")
+
+
+def measure_all(settings, out):
+    """Append the rows that the CSV lacks. ValueError where it has other options."""
+    path = Path(out)
+    if not path.exists():
+        path.write_text(header(settings))
+    held = path.read_text()
+    if not held.startswith(header(settings)):
+        raise ValueError(f"{out} was measured with other options: delete it, or name another "
+                         f"--out. Expected: {header(settings).splitlines()[0]}")
+    for task in itertools.product(("autoencoder", "classifier"), (128, 16, 4), range(3)):
+        if ",".join(map(str, task)) + ",c," not in held:
+            lines = measure_steepness(*task, settings)
+            with path.open("a") as file:
+                file.write(lines)
+            print(lines, end="", flush=True)
+    print(f"wrote {out}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--maximum", choices=("held", "moving"), default="held")
+    parser.add_argument("--span", type=float, default=1.0, help="the largest step (default: 1)")
+    parser.add_argument("--data-dir", help="where MNIST is (default: data)")
+    parser.add_argument("--out", default=str(ROOT / "results/steepness.csv"))
+    args = parser.parse_args(argv)
+    settings = Settings(steps(args.span, 31), maximum=args.maximum, data_dir=args.data_dir,
+                        command="python results/steepness.py")
+    torch.set_flush_denormal(True)
+    try:
+        measure_all(settings, args.out)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"steepness.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ninterrupted: the same command goes on\n")
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()
