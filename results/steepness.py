@@ -113,7 +113,8 @@ def main(argv=None):
     parser.add_argument("--data-dir", help="where MNIST is (default: data)")
     parser.add_argument("--out", default=str(ROOT / "results/steepness.csv"))
     args = parser.parse_args(argv)
-    settings = Settings(steps(args.span, 31), maximum=args.maximum, data_dir=args.data_dir,
+    settings = Settings(steps(args.span, 11), images=128, maximum=args.maximum,
+                        data_dir=args.data_dir,
                         command="python results/steepness.py")
     torch.set_flush_denormal(True)
     try:
