@@ -220,6 +220,7 @@ class Calibration(NamedTuple):
     thresholds: dict                    # category: the threshold, or None without images
     images: dict                        # category: how many of its own images set it
     color_limit: float                  # the upper end of the heat maps' color scale
+    scores: dict = None                 # category: the scores of those images, (n,)
 
 
 class Judged(NamedTuple):
@@ -296,12 +297,21 @@ def calibrate(model, c, inputs, size):
 
     for name, mine in scores.items():
         calibration.images[name] = len(mine)
-        if standardized and len(mine) < 1 / c["fpr"] - 1:
-            # Standardized scores of all categories have one unit, so all may serve.
-            mine = torch.cat(list(scores.values()))
-        calibration.thresholds[name] = threshold(mine, c["fpr"]) if len(mine) else None
+        calibration.thresholds[name] = threshold_of(name, scores, c["score"], c["fpr"])
     highest = float(np.quantile(torch.cat(maps), 0.999)) if maps else 0.0
-    return calibration._replace(color_limit=2 * highest or 1.0)
+    return calibration._replace(color_limit=2 * highest or 1.0, scores=scores)
+
+
+def threshold_of(name, scores, how, fpr):
+    """The threshold of a category, or None without images. scores: {category: (n,)}.
+
+    Standardized scores of all categories have one unit. So where a category has too few
+    images of its own for `fpr`, those of all categories serve.
+    """
+    mine = scores[name]
+    if how == "standardized" and len(mine) < 1 / fpr - 1:
+        mine = torch.cat(list(scores.values()))
+    return threshold(mine, fpr) if len(mine) else None
 
 
 def judge(model, c, data, inputs):
