@@ -42,7 +42,7 @@ def l2(y_hat, y):
 
 
 def gaussian_window(size, sigma, like):
-    """A Gaussian of `size` weights that sum to 1, with the dtype and device of `like`."""
+    """Gaussian weights (size,) that sum to 1, with the dtype and device of `like`."""
     offset = torch.arange(size, dtype=like.dtype, device=like.device) - size // 2
     weights = torch.exp(-0.5 * (offset / sigma) ** 2)
     return weights / weights.sum()
@@ -75,6 +75,8 @@ def ssim(y_hat, y, size=11, sigma=1.5, k1=0.01, k2=0.03):
         raise ValueError(f"SSIM needs images of at least {size}x{size} pixels, "
                          f"got {height}x{width}: use larger images, or loss l1 or l2")
     y_hat, y = at_least_float32(y_hat), at_least_float32(y)
+
+    # Means, variances and the covariance around each pixel, each (B, C, H, W).
     with torch.autocast(y.device.type, enabled=False):
         window = gaussian_window(size, sigma, y)
         mean_hat = local_mean(y_hat, window)
@@ -83,9 +85,12 @@ def ssim(y_hat, y, size=11, sigma=1.5, k1=0.01, k2=0.03):
         variance = local_mean(y * y, window) - mean * mean
         covariance = local_mean(y_hat * y, window) - mean_hat * mean
 
-    c1, c2 = k1 ** 2, k2 ** 2                                       # for images in [0, 1]
+    # SSIM compares the means, and then what is left without them. The constants, for
+    # images in [0, 1], keep both quotients finite.
+    c1, c2 = k1 ** 2, k2 ** 2
     luminance = (2 * mean_hat * mean + c1) / (mean_hat ** 2 + mean ** 2 + c1)
     structure = (2 * covariance + c2) / (variance_hat + variance + c2)
+
     # Rounding can push 1 - SSIM slightly below 0, where Eq. 2 is not defined.
     return (1 - luminance * structure).clamp(min=0)
 
@@ -105,7 +110,9 @@ def largest(error, over):
     if over == "batch":
         return error.max()
     maximum = error.flatten(1).amax(dim=1)                          # (B,)
-    return maximum.view(-1, *[1] * (error.dim() - 1))               # (B, 1, ..., 1)
+    # As many dimensions as the error has, so that one can be divided by the other.
+    ones = [1] * (error.dim() - 1)
+    return maximum.view(-1, *ones)                                  # (B, 1, ..., 1)
 
 
 def scale(error, eps=0.03, over="image", detach=True):
@@ -124,15 +131,15 @@ def scale(error, eps=0.03, over="image", detach=True):
     """
     if over not in ("image", "batch"):
         raise ValueError(f'over must be "image" or "batch", got {over!r}')
-    number = torch.finfo(error.dtype)
-    if not number.eps <= eps < 1:
+    precision = torch.finfo(error.dtype)
+    if not precision.eps <= eps < 1:
         raise ValueError(f"eps must be below 1 and, in {error.dtype}, at least "
-                         f"{number.eps:.1e}, got {eps}")
+                         f"{precision.eps:.1e}, got {eps}")
     maximum = largest(error, over)
     if detach:
         maximum = maximum.detach()
     # An image without any error would be 0/0. The bound makes it 0.
-    maximum = maximum.clamp(min=max(number.tiny, 1e-30))
+    maximum = maximum.clamp(min=max(precision.tiny, 1e-30))
     return error / maximum * (1 - eps)
 
 
@@ -159,7 +166,8 @@ class ReconstructionLoss(nn.Module):
     def __init__(self, loss="l2", lamp=False, eps=0.03, over="image", detach=True):
         super().__init__()
         if loss not in BASE_LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(BASE_LOSSES)}, got {loss!r}")
+            names = ", ".join(BASE_LOSSES)
+            raise ValueError(f"loss must be one of {names}, got {loss!r}")
         self.base_loss = BASE_LOSSES[loss]
         self.amplified = lamp
         self.eps, self.over, self.detach = eps, over, detach
@@ -167,10 +175,11 @@ class ReconstructionLoss(nn.Module):
 
     def forward(self, y_hat, y):
         if y_hat.shape != y.shape:
-            raise ValueError(f"y_hat and y must have one shape, got {tuple(y_hat.shape)} "
-                             f"and {tuple(y.shape)}")
+            raise ValueError("y_hat and y must have one shape, got "
+                             f"{tuple(y_hat.shape)} and {tuple(y.shape)}")
         error = self.base_loss(y_hat, y)                            # (B, C, H, W)
-        error = at_least_float32(error)         # the sum of a float16 map could overflow
+        # In float16 the sum over an image could overflow.
+        error = at_least_float32(error)
         self.base_error = error.detach().sum() / len(y)
         if self.amplified:
             error = lamp(error, self.eps, self.over, self.detach)
@@ -180,21 +189,24 @@ class ReconstructionLoss(nn.Module):
 # ---- the paper's Fig. 2 ----
 
 def figure_2(path, eps=0.1):
-    """The paper's Fig. 2: L1, L2, their LAMP, and the gradients, as a table and a picture.
+    """The paper's Fig. 2: L1, L2, their LAMP and the gradients of all four.
 
-    The error y_hat - y of one pixel runs from -1 to 1. The maximum in Eq. 2 is that of
-    this range, 1. path: where the picture goes.
+    They are printed as a table and drawn as a picture. The error y_hat - y of one pixel
+    runs from -1 to 1. The maximum in Eq. 2 is that of this range, 1.
+    path: where the picture goes.
     """
     from matplotlib.figure import Figure                # only needed for this picture
 
     error = (torch.arange(-200.0, 201.0) / 200).requires_grad_()    # (401,)
-    columns = []
+    columns = [error.tolist()]
     figure = Figure(figsize=(8, 5.4), layout="constrained")
-    for base_loss, name, (left, right) in zip((l1, l2), ("L_1", "L_2"),
-                                              figure.subplots(2, 2)):
+    rows = figure.subplots(2, 2)
+    for base_loss, name, (left, right) in zip((l1, l2), ("L_1", "L_2"), rows):
         plain = base_loss(error, torch.zeros_like(error))
         amplified = lamp(plain[None], eps)[0]                       # a batch of one
-        for loss, label in ((plain, f"${name}$"), (amplified, f"${name}^{{LAMP}}$")):
+        curves = {f"${name}$": plain, f"${name}^{{LAMP}}$": amplified}
+        for label, loss in curves.items():
+            # The gradient is PyTorch's, as in training.
             slope, = torch.autograd.grad(loss.sum(), error, retain_graph=True)
             left.plot(error.detach(), loss.detach(), label=label)
             right.plot(error.detach(), slope)
@@ -203,11 +215,13 @@ def figure_2(path, eps=0.1):
         left.legend()
         right.set(xlabel=r"$\hat{y} - y$", ylabel="gradient")
 
-    names = ("error", "L1", "slope", "L1-LAMP", "slope", "L2", "slope", "L2-LAMP", "slope")
+    names = ["error"]
+    for name in ("L1", "L1-LAMP", "L2", "L2-LAMP"):
+        names += [name, "slope"]
     print("".join(f"{name:>9}" for name in names))
-    for i in range(200, 401, 25):                       # symmetric, so from 0 on is enough
-        row = [error[i].item(), *(column[i] for column in columns)]
-        print("".join(f"{value:9.3f}" for value in row))
+    # The curves are symmetric, so the rows begin at an error of 0.
+    for i in range(200, 401, 25):
+        print("".join(f"{column[i]:9.3f}" for column in columns))
     figure.supxlabel(f"python lamp_loss.py --eps {eps}", fontsize=8)
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
@@ -215,8 +229,10 @@ def figure_2(path, eps=0.1):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw Fig. 2: LAMP and its gradients.")
-    parser.add_argument("--eps", type=float, default=0.1, help="Eq. 2 (default: 0.1)")
-    parser.add_argument("--out", default="runs/figure2.png", help="where the picture goes")
+    parser.add_argument("--eps", type=float, default=0.1,
+                        help="Eq. 2 (default: 0.1)")
+    parser.add_argument("--out", default="runs/figure2.png",
+                        help="where the picture goes")
     args = parser.parse_args(argv)
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
