@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import sys
@@ -731,14 +732,26 @@ def finish(c, model, data, inputs, save, command):
     if c["pictures"]:
         ev.draw_examples(Path(c["out"]) / "examples.png", {"": (model, inputs, judged)},
                          data, command)
-    return {"command": command, "config": c, "versions": versions(), "history": history,
-            "metrics": metrics}
+    return {"command": command, "config": c, "versions": versions(c["device"]),
+            "history": history, "metrics": metrics}
 
 
-def versions():
+def versions(device):
     """What a result may depend on besides the config."""
     return {"python": sys.version.split()[0], "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "threads": torch.get_num_threads()}
+            "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+            "machine": machine_name(device)}
+
+
+def machine_name(device):
+    """The model of the GPU or of the processor, as it calls itself."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if sys.platform == "linux":
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def print_start(c, data, inputs):
