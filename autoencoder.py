@@ -3,8 +3,8 @@
 It is trained on normal images only, so it should reconstruct nothing else well. There
 are no skip connections, because an anomaly could pass around the code through them.
 
-    encoder, each layer    convolution -> batch normalization -> leaky ReLU
-    decoder, each layer    upsampling -> convolution -> batch normalization -> leaky ReLU
+    encoder layer    convolution -> batch normalization -> leaky ReLU
+    decoder layer    upsampling -> convolution -> batch normalization -> leaky ReLU
 
 The paper uses six layers on each side, and four for MNIST (`depth`). It reconstructs
 some products patch by patch: the image is cut into n x n patches, each patch goes
@@ -33,7 +33,8 @@ def to_patches(y, n):
     """
     batch, channels, height, width = y.shape
     if n < 1 or height % n or width % n:
-        raise ValueError(f"{n}x{n} patches do not divide an image of {height}x{width} pixels")
+        raise ValueError(f"{n}x{n} patches do not divide an image of "
+                         f"{height}x{width} pixels")
     y = y.reshape(batch, channels, n, height // n, n, width // n)
     y = y.permute(0, 2, 4, 1, 3, 5)                         # (B, n, n, C, H/n, W/n)
     return y.reshape(batch * n * n, channels, height // n, width // n)
@@ -42,9 +43,10 @@ def to_patches(y, n):
 def from_patches(patches, n):
     """Put the images together again: (B n n, C, H/n, W/n) -> (B, C, H, W)."""
     count, channels, height, width = patches.shape
-    y = patches.reshape(count // (n * n), n, n, channels, height, width)
+    batch = count // (n * n)
+    y = patches.reshape(batch, n, n, channels, height, width)
     y = y.permute(0, 3, 1, 4, 2, 5)                         # (B, C, n, H/n, n, W/n)
-    return y.reshape(count // (n * n), channels, n * height, n * width)
+    return y.reshape(batch, channels, n * height, n * width)
 
 
 # ---- the network ----
@@ -55,15 +57,16 @@ class ConvAutoencoder(nn.Module):
     channels: C of the images.
     depth: the number of layers on each side. Each halves or doubles height and width.
     width: the number of filters in the first layer.
-    latent: the channels of the code, (latent, H / 2^depth, W / 2^depth). None takes as
-        many as the last encoder layer has filters; a smaller number narrows the code.
+    latent: the channels of the code, (latent, H / 2^depth, W / 2^depth). None takes
+        what `width` and `depth` give. A smaller number lets less of the image through.
     kernel_size: odd, the same in all layers.
     patches: n, to reconstruct n x n patches separately.
     Raises ValueError for an even kernel size, and in `forward` where n 2^depth does not
     divide H and W.
     """
 
-    def __init__(self, channels=1, depth=4, width=16, latent=None, kernel_size=3, patches=1):
+    def __init__(self, channels=1, depth=4, width=16, latent=None, kernel_size=3,
+                 patches=1):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, to keep a layer's size, "
@@ -71,26 +74,28 @@ class ConvAutoencoder(nn.Module):
         self.depth, self.patches = depth, patches
         padding = kernel_size // 2
 
-        widths = [channels]                                 # channels after each layer
+        # The channels of the image, then those after each layer of the encoder.
+        widths = [channels]
         for layer in range(depth):
             widths.append(width * min(2 ** layer, 8))
         if latent is not None:
             widths[-1] = latent
 
+        # Each layer of the encoder halves height and width.
         encoder = []
         for c_in, c_out in zip(widths, widths[1:]):
-            encoder.append(nn.Conv2d(c_in, c_out, kernel_size, stride=2, padding=padding))
-            encoder.append(nn.BatchNorm2d(c_out))
-            encoder.append(nn.LeakyReLU(0.2))
+            conv = nn.Conv2d(c_in, c_out, kernel_size, stride=2, padding=padding)
+            encoder += [conv, nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
 
+        # Each layer of the decoder doubles them, through the same channels backwards.
         decoder = []
         backwards = widths[::-1]
         for c_in, c_out in zip(backwards, backwards[1:]):
-            decoder.append(nn.Upsample(scale_factor=2))
-            decoder.append(nn.Conv2d(c_in, c_out, kernel_size, padding=padding))
-            decoder.append(nn.BatchNorm2d(c_out))
-            decoder.append(nn.LeakyReLU(0.2))
-        decoder = decoder[:-2] + [nn.Sigmoid()]             # the image itself, in (0, 1)
+            conv = nn.Conv2d(c_in, c_out, kernel_size, padding=padding)
+            decoder += [nn.Upsample(scale_factor=2), conv]
+            decoder += [nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+        # The last layer gives the image itself, with values in (0, 1).
+        decoder = decoder[:-2] + [nn.Sigmoid()]
 
         self.encoder = nn.Sequential(*encoder)
         self.decoder = nn.Sequential(*decoder)
@@ -104,28 +109,30 @@ class ConvAutoencoder(nn.Module):
 
     def check_size(self, height, width):
         """Raise ValueError where a patch cannot be halved `depth` times."""
-        unit = self.patches * 2 ** self.depth
+        n, depth = self.patches, self.depth
+        unit = n * 2 ** depth
         if height % unit or width % unit:
-            raise ValueError(f"{self.patches}x{self.patches} patches and {self.depth} layers "
-                             f"need an image size that {unit} divides, got {height}x{width}: "
+            raise ValueError(f"{n}x{n} patches and {depth} layers need an image size "
+                             f"that {unit} divides, got {height}x{width}: "
                              f"use {max(unit, height // unit * unit)}")
 
 
 class PCA(nn.Module):
     """The linear autoencoder with the smallest squared error (scikit-learn's PCA).
 
-    An image becomes the mean of the normal images plus its projection on their first
-    principal components. Without any component it becomes the mean, whatever it is.
+    The reconstruction is the mean of the normal images plus what the first principal
+    components explain of the difference to it. With 0 components it is the mean alone.
     channels, size: C and the side H = W of the images or feature maps.
-    components: how many principal components there are.
+    components: how many principal components to use.
     forward: (B, C, H, W) -> (B, C, H, W), after `solve` has been called.
     """
 
     def __init__(self, channels, size, components):
         super().__init__()
         values = channels * size * size
-        self.mean = nn.Parameter(torch.zeros(values), requires_grad=False)
-        self.components = nn.Parameter(torch.zeros(components, values), requires_grad=False)
+        mean, directions = torch.zeros(values), torch.zeros(components, values)
+        self.mean = nn.Parameter(mean, requires_grad=False)
+        self.components = nn.Parameter(directions, requires_grad=False)
 
     def solve(self, y):
         """Set the mean and the components from normals (N, C, H, W).
@@ -133,9 +140,10 @@ class PCA(nn.Module):
         Raises ValueError where there are more components than images or values.
         """
         count, values = self.components.shape
-        if count > min(len(y), values):
-            raise ValueError(f"{count} components of {len(y)} images with {values} values "
-                             f"each: use at most {min(len(y), values)}")
+        most = min(len(y), values)
+        if count > most:
+            raise ValueError(f"{count} components of {len(y)} images with {values} "
+                             f"values each: use at most {most}")
         # With more images than values the covariance is the smaller matrix.
         solver = "covariance_eigh" if len(y) > values else "full"
         y = y.flatten(1).double().cpu().numpy()             # (N, values)
@@ -146,21 +154,24 @@ class PCA(nn.Module):
     def forward(self, y):
         centered = y.flatten(1) - self.mean                 # (B, values)
         code = centered @ self.components.T                 # (B, components)
-        return (self.mean + code @ self.components).view_as(y)
+        y_hat = self.mean + code @ self.components          # (B, values)
+        return y_hat.view_as(y)
 
 
 # ---- the layers, printed ----
 
 def print_layers(model, size):
-    """Print the shape after each layer and its parameters, for images of size x size."""
+    """Print each layer's output shape and parameters, for images of size x size."""
     y = torch.zeros(2, model.encoder[0].in_channels, size, size)
     print(f"{'layer':<14}{'C, H, W':<18}{'parameters':>10}")
     print(f"{'input':<14}{str(tuple(y.shape[1:])):<18}")
     for layer in [*model.encoder, *model.decoder]:
         y = layer(y)
+        name, shape = type(layer).__name__, str(tuple(y.shape[1:]))
         count = sum(p.numel() for p in layer.parameters())
-        print(f"{type(layer).__name__:<14}{str(tuple(y.shape[1:])):<18}{count:>10,}")
-    print(f"{'all':<32}{sum(p.numel() for p in model.parameters()):>10,}\n")
+        print(f"{name:<14}{shape:<18}{count:>10,}")
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{'all':<32}{total:>10,}\n")
 
 
 def main():
