@@ -378,7 +378,8 @@ def with_progress(items, what, total):
         if done and now - printed > 5:
             printed = now
             left = (now - started) * (len(items) / done - 1)
-            print(f"{what}: {total * done // len(items)} of {total}, {left:.0f} s left", flush=True)
+            left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+            print(f"{what}: {total * done // len(items):,} of {total:,}, {left} left", flush=True)
         yield item
 
 

@@ -1,0 +1,495 @@
+"""Images: any photo a camera leaves, and any folder of them, as what the models learn from.
+
+    photo = read_photo("part.jpg", 224)     # .pixels (3, 224, 224) uint8, .picture, .shape
+    photos = read_folder("my_images", 224)  # .data is a data.Data, .files names each photo
+
+`read_photo` shows a photo as a viewer would: turned as its EXIF says, transparent parts on
+white, 16 and 32 bits brought to 8. `read_folder` finds out which photos are of good parts
+and which are to test by, see LAYOUT. What either cannot use is named, and left out.
+"""
+import hashlib
+import math
+import os
+import re
+import sys
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the folder of data.py
+from data import Data, shrink_mask, with_progress
+
+try:                                                        # photos of phones, if it is there
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+except ImportError:
+    pillow_heif = None
+
+LAYOUT = """photos of good parts alone, *.jpg
+or, with photos to test by: train/good/*, test/good/*, test/<defect>/*
+or, of several kinds of parts: <kind>/train/good/*, <kind>/test/...
+good may be called ok or normal, too. Masks of defects may lie in
+ground_truth/<defect>/<name>_mask.png"""
+
+PLACE = re.compile(r"""(?: (?P<kind>[^/]+) / )??            # tried without a kind first
+    (?: train / (?P<normals>good|ok|normal)
+      | test / (?: (?P<good>good|ok|normal) | (?P<bad>[^/]+) )
+      | (?:ground_truth|masks?|gt) / (?!train/|test/) (?P<defect>[^/]+) (?: / (?P<image>[^/]+) )?
+    ) / [^/]+""", re.VERBOSE | re.IGNORECASE)               # image: MVTec LOCO's folder for each
+
+HEIC = {".heic", ".heif", ".hif"}                           # read if pillow-heif is installed
+NO_PHOTOS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}  # Pillow knows of them, no more
+Image.init()
+SUFFIXES = HEIC | {suffix for suffix, form in Image.registered_extensions().items()
+                   if form in {*Image.OPEN, "MPO"} - NO_PHOTOS}
+Image.MAX_IMAGE_PIXELS = 2 ** 27    # Pillow refuses more than twice as many, 16,384 x 16,384
+
+PAGE_SIDE = 320                     # the longer side in pixels of a picture on a page
+
+
+class Photo(NamedTuple):
+    """One photo, upright."""
+    pixels: torch.Tensor            # (3, S, S) uint8, squeezed to the square a model sees
+    picture: Image.Image            # small, in its own shape, to look at
+    shape: tuple                    # width and height in pixels
+
+
+class Folder(NamedTuple):
+    """What a folder holds. Files are named relative to it."""
+    data: Data
+    files: list                     # N paths, of data.train
+    test_files: list                # M paths, of data.test
+    keys: list                      # N hashes of what data.train shows
+    shapes: list                    # N pairs (width, height)
+    root: Path
+    white: float                    # see `find_white`, or None
+    unreadable: list                # paths
+
+
+# ---- a line for the reader ----
+
+def printable(name):
+    """A name as a line of text, whatever is in it."""
+    name = str(name)
+    return name if name.isprintable() else ascii(name)
+
+
+def name_some(names, most=3):
+    """ "a, b, c and 9 more" """
+    names = [printable(name) for name in names]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def say(names, one, many, most=3):
+    """A line that counts and names what is passed over, or nothing where there is none."""
+    if names:
+        print(f"{one if len(names) == 1 else f'{len(names):,} {many}'}: {name_some(names, most)}")
+
+
+# ---- one photo ----
+
+@contextmanager
+def opened(source):
+    """A file, a Pillow image or an array as a Pillow image.
+
+    Whatever Pillow objects to becomes a ValueError that names the file.
+    """
+    if isinstance(source, Image.Image):
+        yield source.copy()
+        return
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        yield from_array(np.asarray(source))
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(source) as image:
+                yield image
+    except Exception as error:                              # of many kinds, by format
+        advice = "Save it as PNG or JPEG"
+        if Path(source).suffix.lower() in HEIC and pillow_heif is None:
+            advice = "For photos of this format: pip install pillow-heif"
+        raise ValueError(f"{printable(source)} cannot be read ({error}). {advice}") from None
+
+
+def from_array(array):
+    """(H, W), (H, W, 3) or (H, W, 4) uint8, or (H, W) uint16 -> a Pillow image."""
+    gray = array.ndim == 2 and array.dtype in (np.uint8, np.uint16)
+    color = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
+    if not (gray or color) or not array.size:
+        raise ValueError(f"an array of shape {array.shape} and type {array.dtype}: expected "
+                         "(height, width, 3) uint8, red first. cv2.cvtColor(image, "
+                         "cv2.COLOR_BGR2RGB) makes that of OpenCV's images")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def upright_shape(image):
+    """Width and height of a Pillow image as a viewer shows it."""
+    turned_by_90 = image.getexif().get(0x0112, 1) >= 5      # EXIF's orientation
+    return image.size[::-1] if turned_by_90 else image.size
+
+
+def largest_value(image):
+    """The largest value in an image of 16 or 32 bits, and 0 in any other."""
+    return float(np.max(image)) if image.mode[0] in "IF" else 0.0
+
+
+def find_white(largest):
+    """The value that becomes 255, for images of 16 or 32 bits whose largest value is known.
+
+    One for all images of a folder, so that they stay comparable: the first of 1 (or 5 %
+    above), 2^8 - 1, 2^10 - 1, 2^12 - 1, ... that none exceeds. None where all have 8 bits.
+    """
+    if not largest:
+        return None
+    if largest <= 1.05:
+        return 1.0
+    if not largest < math.inf:
+        return math.inf
+    bits = 8
+    while largest > 2.0 ** bits - 1:
+        bits += 2
+    return 2.0 ** bits - 1
+
+
+def to_rgb(image, white, background):
+    """A Pillow image, upright, as RGB of 8 bits, its transparent parts on the background."""
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":     # a phone's has a preview
+        raise ValueError(f"{image.n_frames} pages; save each as a file of its own")
+    if ";16" in str(getattr(image, "tile", "")) and image.mode[0] != "I" and np.max(image) < 16:
+        raise ValueError("of 16 bits a color only the lowest 12 are used; save it with 8")
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":                               # 16 or 32 bits, or floats
+        values = np.asarray(image, np.float32)
+        if not (values.min() >= 0 and values.max() < math.inf):
+            raise ValueError("negative or infinite values")
+        white = white or find_white(values.max()) or 1
+        image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def read_photo(source, size, white=None):
+    """A file, a Pillow image or an array -> Photo, squeezed to size x size pixels.
+
+    white: of 16 and 32 bits the value that becomes 255, or None, see `find_white`.
+    Raises ValueError, which names the file, for what is no photo.
+    """
+    with opened(source) as image:
+        image = to_rgb(image, white, "white")
+        pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+        picture = image.copy()
+        picture.thumbnail((PAGE_SIDE, PAGE_SIDE))
+    return Photo(torch.from_numpy(pixels).permute(2, 0, 1), picture, image.size)
+
+
+def turned(images, angle):
+    """Images (N, C, S, S) uint8, turned about their center by an angle in radians.
+
+    What the turn uncovers in the corners is filled by mirroring the image at its borders.
+    """
+    cos, sin = math.cos(angle), math.sin(angle)
+    turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
+    grid = F.affine_grid(turn, images.shape, align_corners=False)
+    y = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    return y.round().byte()
+
+
+# ---- what photos look like as a whole ----
+
+APPEARANCE = {                          # what is measured: words for less and more, the least
+    "brightness": ("darker", "brighter", 2.0),              # spread that counts, its form
+    "contrast": ("poorer in contrast", "richer in contrast", 1.0),
+    "color": ("bluer", "redder", 1.0),
+    "sharpness": ("blurrier", "sharper", 0.05),
+    "place in x": ("shifted to the left", "shifted to the right", 0.01),
+    "place in y": ("shifted up", "shifted down", 0.01),
+}
+
+
+def appearance(pixels):
+    """What APPEARANCE names, of photos (N, 3, S, S) uint8 -> (N, 6).
+
+    Brightness, contrast and color are in gray levels. Sharpness is the logarithm of the
+    mean slope by the contrast. The place is where slopes lie on average, from 0 to 1.
+    """
+    x = pixels.float()
+    gray = x.mean(1)                                                # (N, S, S)
+    slope = torch.zeros_like(gray)
+    slope[:, :, 1:] += gray.diff(dim=2).abs()
+    slope[:, 1:] += gray.diff(dim=1).abs()
+    contrast = gray.flatten(1).std(1)
+    color = (x[:, 0] - x[:, 2]).flatten(1).mean(1)
+    sharpness = ((slope.flatten(1).mean(1) + 0.1) / (contrast + 1)).log()
+    along = torch.linspace(0, 1, gray.shape[-1])
+    total = slope.flatten(1).sum(1) + 1e-6
+    place_x = (slope.sum(1) * along).sum(1) / total
+    place_y = (slope.sum(2) * along).sum(1) / total
+    brightness = gray.flatten(1).mean(1)
+    return torch.stack([brightness, contrast, color, sharpness, place_x, place_y], 1)
+
+
+def how_they_differ(new, learned):
+    """Words for how photos differ as a whole from those learned: appearances (M, 6), (N, 6).
+
+    More than half of the new ones must lie beyond three standard deviations on one side.
+    """
+    words = []
+    for i, (less, more, least) in enumerate(APPEARANCE.values()):
+        width = max(float(learned[:, i].std(correction=0)), least)
+        far = float((new[:, i].median() - learned[:, i].mean()) / width)
+        if abs(far) > 3:
+            words.append(more if far > 0 else less)
+    return words
+
+
+def aspect(shape):
+    """A shape (width, height) as one number, to compare: equal where shapes are alike."""
+    return math.log(shape[0] / shape[1])
+
+
+def has_another_shape(shape, learned):
+    """Whether a photo's width by its height is more than 5 % off all of those learned."""
+    return all(abs(aspect(shape) - aspect(other)) > 0.05 for other in {*map(tuple, learned)})
+
+
+def near_copies(pixels):
+    """Groups of photos that are nearly the same: (N, 3, S, S) uint8 -> N numbers of groups.
+
+    Two photos are near-copies if their distance is less than .35 of the median distance
+    that the first has to all. Distances are those of thumbnails of 32 x 32 pixels, whose
+    mean and contrast are made alike, so that exposure does not matter.
+    """
+    thumbnails = F.interpolate(pixels.float(), (32, 32), mode="area").flatten(1)
+    thumbnails -= thumbnails.mean(1, keepdim=True)
+    thumbnails /= thumbnails.std(1, keepdim=True) + 8
+    distances = torch.cdist(thumbnails, thumbnails)
+    others = ~torch.eye(len(pixels), dtype=torch.bool)
+    groups = list(range(len(pixels)))
+    for i, row in enumerate(distances):
+        if len(row) < 4:
+            break
+        near = others[i] & (row < 0.35 * row[others[i]].median())
+        for j in near.nonzero().flatten().tolist():
+            old, new = groups[j], groups[i]
+            groups = [new if group == old else group for group in groups]
+    return groups
+
+
+# ---- a folder ----
+
+def list_images(paths):
+    """Files and folders -> the files named, and the images in the folders and below them.
+
+    What learning and judging have written themselves is no input: the pictures of a
+    page, and a run's examples.png. Other files that are no images are named.
+    """
+    found, other = [], []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        for folder, folders, names in os.walk(path, followlinks=True):
+            if {"judged.csv", "pictures"} <= {*folders, *names}:        # judge.py's own
+                folders.remove("pictures")
+            own = {"examples.png", "model.pt", "run.json", "writer.txt"}
+            if "model.pt" not in names:                                 # it is no run
+                own = set()
+            own |= {name for name in names if name in ("judged.csv", "judged.html",
+                                                       "learned.html") or name[0] == "."}
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            for name in sorted({*names} - own):
+                image = Path(name).suffix.lower() in SUFFIXES
+                (found if image else other).append(Path(folder, name))
+    say(other, "1 file is no image, and is passed over", "files are no images, and are passed over")
+    return found
+
+
+class Kind(NamedTuple):
+    """The files of one kind of parts, by their place in LAYOUT."""
+    normals: list
+    good: list
+    bad: list
+    masks: dict                     # (defect, image): its files
+
+
+def sort_files(root):
+    """Images below root, by their place in LAYOUT -> {name: Kind}, or a clear error."""
+    root = Path(root)
+    found, other = defaultdict(lambda: Kind([], [], [], defaultdict(list))), []
+    for path in list_images([root] if root.is_dir() else []):
+        place = PLACE.fullmatch(path.relative_to(root).as_posix())
+        if not place:
+            other.append(path)
+            continue
+        kind = found[place["kind"] or root.resolve().name]
+        if place["defect"]:
+            image = place["image"] or re.sub("(?i)[-_.](mask|gt|label)$", "", path.stem)
+            kind.masks[place["defect"].lower(), image].append(path)
+        elif place["normals"]:
+            kind.normals.append(path)
+        else:
+            (kind.good if place["good"] else kind.bad).append(path)
+
+    if not any(kind.normals for kind in found.values()):    # a folder of photos alone
+        found[root.resolve().name].normals.extend(path for path in other if path.parent == root)
+        other = [path for path in other if path.parent != root]
+    say(other, "1 image lies elsewhere than in train/good or test/<name>, and is passed over",
+        "images lie elsewhere than in train/good or test/<name>, and are passed over")
+    say([name for name, kind in found.items() if not kind.normals and (kind.good or kind.bad)],
+        "1 kind has no photos to learn from (train/good), and is left out",
+        "kinds have no photos to learn from (train/good), and are left out")
+    found = {name: kind for name, kind in sorted(found.items()) if kind.normals}
+    for kind in found.values():
+        for files in (kind.normals, kind.good):
+            folders = sorted({printable(path.parent) for path in files})
+            if len(folders) > 1:
+                raise ValueError(f"{' and '.join(folders)}: which holds the good ones? Keep one")
+    if not found:
+        there = ", ".join(printable(path.name) for path in sorted(root.glob("*"))[:8])
+        raise FileNotFoundError(f"there are no photos of good parts in {printable(root)}, "
+                                f"expected as\n{LAYOUT}\nfound there: {there or 'nothing'}")
+    return found
+
+
+def read_folder(root, size, white=None):
+    """A folder of photos, see LAYOUT -> Folder. Photos are squeezed to size x size pixels.
+
+    Photos that cannot be read are named and left out, as are exact copies of others and
+    photos to test by that are among those to learn from. Raises ValueError where nothing
+    is left, FileNotFoundError where there was nothing.
+    """
+    root = Path(root)
+    train, test, labels, masks = [], [], [], {}             # (file, kind), of a 0 or a 1
+    for name, kind in sort_files(root).items():
+        train += [(path, name) for path in kind.normals]
+        test += [(path, name) for path in kind.good + kind.bad]
+        labels += [0] * len(kind.good) + [1] * len(kind.bad)
+        masks[name] = kind.masks
+    white = white or white_of([path for path, _ in train])
+
+    photos, unreadable = read_all([path for path, _ in train + test], size, white)
+    say(unreadable, "1 photo cannot be read, and is left out",
+        "photos cannot be read, and are left out", most=1000)
+    first, copies = {}, []                                  # what a photo shows: where it is
+    kept = []
+    for path, name in train:
+        if path in photos:
+            key = content_key(photos[path].pixels)
+            (copies if key in first else kept).append((path, name))
+            first.setdefault(key, path)
+    say([path for path, _ in copies], "1 photo is an exact copy of another, and is left out",
+        "photos are exact copies of others, and are left out")
+    if not kept:
+        raise ValueError(f"none of the photos in {printable(root)} can be read")
+
+    learned_too = [path for path, _ in test
+                   if path in photos and content_key(photos[path].pixels) in first]
+    say(learned_too, "1 photo to test by is learned, too. It proves nothing, and is left out",
+        "photos to test by are learned, too. They prove nothing, and are left out")
+    usable = [i for i, (path, _) in enumerate(test)
+              if path in photos and path not in learned_too]
+    test, labels = [test[i] for i in usable], [labels[i] for i in usable]
+
+    empty = torch.empty(0, 3, size, size, dtype=torch.uint8)
+    data = Data(
+        train=torch.stack([photos[path].pixels for path, _ in kept]),
+        train_classes=[name for _, name in kept],
+        train_categories=[name for _, name in kept],
+        test=torch.stack([photos[path].pixels for path, _ in test]) if test else empty,
+        labels=torch.tensor(labels).long(),
+        categories=[name for _, name in test],
+        masks=read_masks(test, labels, masks, size))
+    files = [path for path, _ in kept]
+    return Folder(
+        data=data,
+        files=[path.relative_to(root).as_posix() for path in files],
+        test_files=[path.relative_to(root).as_posix() for path, _ in test],
+        keys=[content_key(pixels) for pixels in data.train],
+        shapes=[photos[path].shape for path in files],
+        root=root, white=white, unreadable=unreadable)
+
+
+def content_key(pixels):
+    """A hash of what a photo shows, at the size that a model sees."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def white_of(files):
+    """`find_white` for all of these files. What cannot be read is found out later."""
+    largest = 0.0
+    for path in files:
+        try:
+            with opened(path) as image:
+                largest = max(largest, largest_value(image))
+        except ValueError:
+            pass
+    return find_white(largest)
+
+
+def read_all(files, size, white):
+    """-> {file: Photo}, and the files that cannot be read."""
+    photos, unreadable = {}, []
+    for path in with_progress(files, "photos read", len(files)):
+        try:
+            # Pictures to look at would take much memory: the page reads its few again.
+            photos[path] = read_photo(path, size, white)._replace(picture=None)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            unreadable.append(path)
+    return photos, unreadable
+
+
+# ---- masks ----
+
+def read_masks(test, labels, masks, size):
+    """-> (M, size, size) bool, or None where there are none. See data.shrink_mask.
+
+    test: M pairs (file, kind). masks: {kind: {(defect, image): files}}. A line says which
+    defects have no mask, which masks have no photo, and which cannot be used.
+    """
+    if not any(masks.values()):
+        return None
+    result, missing = torch.zeros(len(test), size, size, dtype=torch.bool), []
+    for i, (path, name) in enumerate(test):
+        files = masks[name].pop((path.parent.name.lower(), path.stem), [])
+        if labels[i] and files:
+            try:
+                result[i] = shrink_mask(read_mask(files, path), size)
+            except ValueError as error:
+                print(error, file=sys.stderr)
+        if labels[i] and not result[i].any():
+            missing.append(path)
+    say(missing, "1 defect has no mask, or an empty one: it counts for whole photos only",
+        "defects have no mask, or an empty one: they count for whole photos only")
+    unmatched = [files[0] for left in masks.values() for files in left.values()]
+    say(unmatched, "1 mask matches no photo, expected as ground_truth/<defect>/<name>_mask.png",
+        "masks match no photo, expected as ground_truth/<defect>/<name>_mask.png")
+    return result
+
+
+def read_mask(files, photo):
+    """The masks of a photo, united: (H, W) bool, True where they have any color but black."""
+    with opened(photo) as image:
+        width, height = upright_shape(image)
+    marked = np.zeros((height, width), bool)
+    for path in files:
+        with opened(path) as mask:
+            noise = 64 if mask.format == "JPEG" else 0
+            colors = np.asarray(to_rgb(mask, 1, "black"))           # (H, W, 3)
+        if colors.shape[:2] != marked.shape:
+            rows, columns = colors.shape[:2]
+            raise ValueError(f"{printable(path)}: the mask has {columns} x {rows} pixels, and "
+                             f"its photo {width} x {height}. It is not used")
+        marked |= colors.max(2) > noise
+    return marked
