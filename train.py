@@ -27,6 +27,10 @@ import time
 import uuid
 from pathlib import Path
 
+# A thread that waits must sleep, not spin. On a busy machine, spinning made a command of
+# 20 seconds take minutes. This is read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch.distributed as dist
 import torchvision
