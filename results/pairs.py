@@ -18,7 +18,7 @@ from scipy import stats
 
 RESULTS = Path(__file__).resolve().parent
 OF_CATEGORIES = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro", "threshold", "fpr", "tpr")
-MORE_IS_BETTER = ("image_auroc", "untold_auroc", "raw_auroc", "image_ap", "pixel_auroc",
+MORE_IS_BETTER = ("image_auroc", "auroc_not_given", "auroc_paper", "image_ap", "pixel_auroc",
                   "pixel_aupro", "tpr")
 OF_LAMP = ("over", "eps", "detach", "log")                  # options that a run without it lacks
 UNITS = {"categories": "category", "seeds": "seed"}

@@ -26,10 +26,10 @@ WORDS = {                                                   # of options and met
     "loss": "{}", "optimizer": "{}", "model": "{}", "setting": "{}", "latent": "code 2x2x{}",
     "epochs": "{} epochs", "query": "queries: {}",
     "over": "maximum over the {}", "image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC",
-    "pixel_aupro": "AUPRO", "untold_auroc": "image AUROC, category not told",
-    "raw_auroc": "image AUROC by the paper's score", "base_error": "training error",
+    "pixel_aupro": "AUPRO", "auroc_not_given": "image AUROC, category not told",
+    "auroc_paper": "image AUROC by the paper's score", "base_error": "training error",
     "normal_error": "error of test normals", "anomaly_error": "error of test anomalies",
-    "from_identity": "distance from the identity"}
+    "distance_to_identity": "distance from the identity"}
 X_LABELS = {"latent": "channels of the 2x2 code", "lr": "learning rate"}
 NAMES = {"l1": "L1", "l2": "L2", "ssim": "SSIM", "sgd": "SGD", "rmsprop": "RMSprop", "adam": "Adam",
          "uniad": "UniAD", "mlp": "MLP", "cnn": "CNN", "transformer": "Transformer"}
