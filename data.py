@@ -41,8 +41,10 @@ class Data(NamedTuple):
     labels: torch.Tensor                # (M,) int64
     categories: list                    # M names
     masks: torch.Tensor = None          # (M, H, W) bool, True where defective, or None
-    copies: torch.Tensor = None         # (K, C, H, W) uint8, more images for a memory bank
-    copy_of: torch.Tensor = None        # (K,), the number in `train` each was made from
+    copies: torch.Tensor = None         # (K, C, H, W) uint8, made from some of `train`
+    copy_of: torch.Tensor = None        # (K,), the number in `train` of each
+    copy_in_bank: torch.Tensor = None   # (K,) bool: a memory bank holds it. The others
+                                        # only widen what counts as normal
 
 
 class Inputs(NamedTuple):
@@ -57,8 +59,9 @@ class Inputs(NamedTuple):
     test: torch.Tensor
     prepare: Callable
     images: torch.Tensor = None         # of `train`, where that holds features
-    copies: torch.Tensor = None         # more images for a memory bank
-    copy_of: torch.Tensor = None        # the number in `train` each was made from
+    copies: torch.Tensor = None         # as in Data
+    copy_of: torch.Tensor = None
+    copy_in_bank: torch.Tensor = None
 
 
 def to_float(stored):
@@ -298,7 +301,8 @@ def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
         train_categories=[data.train_categories[i] for i in train],
         calibration=stored[calibration],
         calibration_categories=[data.train_categories[i] for i in calibration],
-        test=test, prepare=prepare, images=images, copies=copies, copy_of=data.copy_of)
+        test=test, prepare=prepare, images=images, copies=copies, copy_of=data.copy_of,
+        copy_in_bank=data.copy_in_bank)
 
 
 def split(classes, seed, fpr=0.05):
@@ -343,7 +347,7 @@ def cached_features(backbone, images, names, folder):
             features[index] = torch.from_numpy(np.load(path)["features"])
         except Exception:                                   # missing or damaged, or folder=None
             parts = []
-            for batch in with_progress(members.split(8), f"features of {name}", len(members)):
+            for batch in with_progress(members.split(4), f"features of {name}", len(members)):
                 parts.append(backbone.extract(to_float(batch.to(device))).cpu())
             features[index] = torch.cat(parts)
             if folder:

@@ -192,23 +192,30 @@ def image_scores(maps, how="sum"):
     return values.topk(count).values.mean(1)
 
 
-def left_out_scores(errors):
-    """Standardized scores of normals (N, H, W), each by the statistics of the others: (N,).
+def left_out_scores(errors, numbers=None):
+    """Standardized scores of normals (N, H, W), each by the statistics of the others.
 
-    The statistics without one image follow from two sums over all. Of fewer than three
-    images they are those of all.
+    numbers: (N,), by which image each error map was made. Maps of one number are left
+    out together. The statistics of the others follow from two sums over all maps. Of
+    fewer than three images they are those of all. -> (N,)
     """
-    if len(errors) < 3:
+    if numbers is None:
+        numbers = torch.arange(len(errors))
+    images = numbers.unique()
+    if len(images) < 3:
         return image_scores(standardize(errors, place_statistics(errors)), "top")
-    others = len(errors) - 1
-    total, squares = errors.double().sum(0), errors.double().square().sum(0)
-    scores = []
-    for error in errors.double():
-        mean = (total - error) / others
-        variance = (squares - error.square()) / others - mean.square()
+    errors = errors.double()
+    total, squares = errors.sum(0), errors.square().sum(0)
+    scores = torch.empty(len(errors))
+    for number in images:
+        own = numbers == number
+        others = len(errors) - int(own.sum())
+        mean = (total - errors[own].sum(0)) / others
+        variance = (squares - errors[own].square().sum(0)) / others - mean.square()
         statistics = mean, spread(variance.clamp(min=0).sqrt())
-        scores.append(image_scores(standardize(error[None], statistics), "top"))
-    return torch.cat(scores).float()
+        above = standardize(errors[own], statistics)
+        scores[own] = image_scores(above, "top").float()
+    return scores
 
 
 # ---- judging a test set ----
@@ -265,53 +272,77 @@ def category_scores(errors, names, c, calibration):
     return torch.stack(columns, 1)
 
 
-def calibrate(model, c, inputs, size):
-    """Statistics, thresholds and the color scale, from normal images -> Calibration.
+class NormalErrors(NamedTuple):
+    """Error maps of normal images."""
+    maps: torch.Tensor                  # (N, H, W)
+    categories: list                    # N
+    numbers: torch.Tensor               # (N,), which image each was made from
 
-    A model that was trained takes its thresholds from the images set aside. For nearest
-    tokens none are set aside: each image is compared with all the others.
+
+def errors_of_normals(model, c, inputs):
+    """The errors of normals that the model has seen, and of some that it has not.
+
+    A model that was trained has not seen the images set aside. For nearest tokens none
+    are set aside: each image is compared with all the others, so its error counts as
+    both. So do those of its copies that are not in the bank.
     """
+    if c["model"] == "nearest":
+        stored, numbers = inputs.train, torch.arange(len(inputs.train))
+        if inputs.copies is not None:
+            apart = ~inputs.copy_in_bank
+            stored = torch.cat([stored, inputs.copies[apart]])
+            numbers = torch.cat([numbers, inputs.copy_of[apart]])
+        maps = error_maps(model, stored, inputs.prepare, leave_out=numbers)
+        categories = [inputs.train_categories[number] for number in numbers]
+        both = NormalErrors(maps, categories, numbers)
+        return both, both
+    seen = None
+    if c["score"] == "standardized":                        # else nobody asks for it
+        maps = error_maps(model, inputs.train, inputs.prepare)
+        seen = NormalErrors(maps, inputs.train_categories, torch.arange(len(maps)))
+    maps = error_maps(model, inputs.calibration, inputs.prepare)
+    new = NormalErrors(maps, inputs.calibration_categories, torch.arange(len(maps)))
+    return seen, new
+
+
+def calibrate(model, c, inputs, size):
+    """Statistics, thresholds and the color scale, from normal images -> Calibration."""
+    seen, new = errors_of_normals(model, c, inputs)
     standardized, nearest = c["score"] == "standardized", c["model"] == "nearest"
-    if nearest:
-        own = torch.arange(len(inputs.train))
-        trained = new = error_maps(model, inputs.train, inputs.prepare, leave_out=own)
-        new_categories = inputs.train_categories
-    else:
-        trained = error_maps(model, inputs.train, inputs.prepare) if standardized else None
-        new = error_maps(model, inputs.calibration, inputs.prepare)
-        new_categories = inputs.calibration_categories
-
-    calibration = Calibration(size, {}, {}, {}, 1.0)
-    scores, maps = {}, []
+    calibration = Calibration(size, {}, {}, {}, 1.0, {})
+    maps = []
     for name in sorted(set(inputs.train_categories)):
-        mine = new[is_of(new_categories, name)]
         if standardized:
-            seen = trained[is_of(inputs.train_categories, name)]
-            calibration.statistics[name] = place_statistics(blurred(seen, c, size, 64))
+            errors = seen.maps[is_of(seen.categories, name)]
+            errors = blurred(errors, c, size, 64)
+            calibration.statistics[name] = place_statistics(errors)
+        mine = is_of(new.categories, name)
+        errors, numbers = new.maps[mine], new.numbers[mine]
         if standardized and nearest:
-            scores[name] = left_out_scores(mine)
+            scores = left_out_scores(errors, numbers)
         else:
-            scores[name] = category_scores(mine, [name], c, calibration)[:, 0]
-        if len(mine):
-            maps.append(heat_maps(blurred(mine, c, size, 32), size))
+            scores = category_scores(errors, [name], c, calibration)[:, 0]
+        calibration.scores[name] = scores
+        calibration.images[name] = len(numbers.unique())
+        if len(errors):
+            maps.append(heat_maps(blurred(errors, c, size, 32), size))
 
-    for name, mine in scores.items():
-        calibration.images[name] = len(mine)
-        calibration.thresholds[name] = threshold_of(name, scores, c["score"], c["fpr"])
+    for name in calibration.scores:
+        calibration.thresholds[name] = threshold_of(name, calibration, c["score"], c["fpr"])
     highest = float(np.quantile(torch.cat(maps), 0.999)) if maps else 0.0
-    return calibration._replace(color_limit=2 * highest or 1.0, scores=scores)
+    return calibration._replace(color_limit=2 * highest or 1.0)
 
 
-def threshold_of(name, scores, how, fpr):
-    """The threshold of a category, or None without images. scores: {category: (n,)}.
+def threshold_of(name, calibration, how, fpr):
+    """The threshold of a category, or None without images.
 
     Standardized scores of all categories have one unit. So where a category has too few
     images of its own for `fpr`, those of all categories serve.
     """
-    mine = scores[name]
-    if how == "standardized" and len(mine) < 1 / fpr - 1:
-        mine = torch.cat(list(scores.values()))
-    return threshold(mine, fpr) if len(mine) else None
+    scores = calibration.scores[name]
+    if how == "standardized" and calibration.images[name] < 1 / fpr - 1:
+        scores = torch.cat(list(calibration.scores.values()))
+    return threshold(scores, fpr) if len(scores) else None
 
 
 def judge(model, c, data, inputs):

@@ -656,7 +656,7 @@ def nearest_model(c, inputs, device):
     numbers = order[:c["bank_images"]]
     features = inputs.train[numbers]                        # (N, C, g, g)
     if inputs.copies is not None:
-        kept = torch.isin(inputs.copy_of, numbers)
+        kept = torch.isin(inputs.copy_of, numbers) & inputs.copy_in_bank
         features = torch.cat([features, inputs.copies[kept]])
         numbers = torch.cat([numbers, inputs.copy_of[kept]])
     tokens = len(features) * features[0, 0].numel()
