@@ -1,16 +1,17 @@
-"""Data: any data set as a few tensors, normal images to train on and a labeled test set.
+"""Data: any data set as a few tensors, normals to train on and labeled test images.
 
     data = load("mnist", "3")       # train on the 3s alone, test on all 10,000 digits
     data.train                      # (N, C, H, W) uint8, normal images only
     data.test, data.labels          # (M, C, H, W) uint8; (M,) 0 normal, 1 anomalous
 
 Everything is held in memory, so there are no workers and no data loaders. For digits,
-MNIST, FashionMNIST and CIFAR-10, `normal` lists the classes that count as normal, and all
-other classes are anomalies. For MVTec AD it lists products, each with its own test set.
+MNIST, FashionMNIST and CIFAR-10, `normal` lists the classes that count as normal, and
+all other classes are anomalies. For MVTec AD it lists products, each of which has its
+own test images.
 
 `to_inputs` prepares a data set for training. It sets some normal images aside, by which
-evaluate.py finds a threshold, and it computes the CNN features where a model needs them.
-Features are computed once and kept on disk.
+evaluate.py finds a threshold. Where a model needs CNN features, it computes them once
+and keeps them on disk.
 """
 import contextlib
 import hashlib
@@ -43,8 +44,8 @@ class Data(NamedTuple):
     masks: torch.Tensor = None          # (M, H, W) bool, True where defective, or None
     copies: torch.Tensor = None         # (K, C, H, W) uint8, made from some of `train`
     copy_of: torch.Tensor = None        # (K,), the number in `train` of each
-    copy_in_bank: torch.Tensor = None   # (K,) bool: a memory bank holds it. The others
-                                        # only widen what counts as normal
+    # (K,) bool: a memory bank holds it. The others only widen what counts as normal.
+    copy_in_bank: torch.Tensor = None
 
 
 class Inputs(NamedTuple):
@@ -77,7 +78,8 @@ def load(dataset, normal=None, data_dir="data", image_size=None, validate=False)
     normal: "3", "0,1,2" or class names; for MVTec AD "bottle,grid" or "all".
     image_size: the side in pixels. None keeps the images as they are, but MNIST's 28
         pixels are padded to 32. MVTec AD needs a size.
-    validate: judge on the last sixth of the training split, not on the test images.
+    validate: test on the last sixth of the training split, to choose settings without
+        looking at the test images. The other five sixths are trained on.
     Raises ValueError for a wrong `normal`, FileNotFoundError for missing files.
     """
     if dataset == "mvtec":
@@ -97,13 +99,18 @@ def one_class_against_the_rest(train, test, classes, normal, image_size):
 
     Raises ValueError where `normal` names no class, or all of them.
     """
+    # A class is given by its number or by its name.
     numbers = {str(number): number for number in range(len(classes))}
-    numbers.update({name.lower(): number for number, name in enumerate(classes)})
+    for number, name in enumerate(classes):
+        numbers[name.lower()] = number
     words = [word.strip().lower() for word in str(normal or classes[0]).split(",")]
-    chosen = sorted({numbers.get(word, -1) for word in words})
+    chosen = sorted({numbers.get(word, -1) for word in words})      # -1: no such class
     if chosen[0] < 0 or len(chosen) == len(classes):
-        raise ValueError(f"normal {normal}: expected one or more of {', '.join(classes)}, and "
-                         "at least one class left to be anomalous")
+        raise ValueError(f"normal {normal}: expected one or more of "
+                         f"{', '.join(classes)}, and at least one class left to be "
+                         "anomalous")
+
+    # Train on the normal classes alone, and test on all.
     (images, labels), (test_images, test_labels) = train, test
     kept = torch.isin(labels, torch.tensor(chosen))
     anomalous = ~torch.isin(test_labels, torch.tensor(chosen))
@@ -123,17 +130,24 @@ def resize(images, size):
         return F.pad(images, [2, 2, 2, 2])
     if size in (None, images.shape[-1]):
         return images
-    resized = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    images = images.float()
+    resized = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
     return resized.round().clamp(0, 255).byte()
 
 
 def load_digits(data_dir):
-    """The 1,797 digits of 8 x 8 pixels in scikit-learn, scaled to 32. A third is for tests."""
+    """The 1,797 digits that scikit-learn has, of 8 x 8 pixels, scaled to 32 x 32.
+
+    Every third one is a test image.
+    """
     digits = sklearn_datasets.load_digits()
-    images = torch.tensor(digits.images[:, None] * 255 / 16).byte()
-    images, labels = resize(images, 32), torch.tensor(digits.target)
-    test = torch.arange(len(images)) % 3 == 2
-    return (images[~test], labels[~test]), (images[test], labels[test]), list("0123456789")
+    images = digits.images[:, None] * 255 / 16              # values were 0 to 16
+    images = resize(torch.tensor(images).byte(), 32)        # (1797, 1, 32, 32)
+    labels = torch.tensor(digits.target)
+    is_test = torch.arange(len(images)) % 3 == 2
+    train = images[~is_test], labels[~is_test]
+    test = images[is_test], labels[is_test]
+    return train, test, list("0123456789")
 
 
 def load_mnist(data_dir):
@@ -154,8 +168,9 @@ def load_cifar10(data_dir):
 def load_torchvision(name, data_dir):
     """A data set as torchvision reads it -> train, test, classes.
 
-    Raises FileNotFoundError where it is missing and cannot be downloaded, and ValueError
-    where a file of MNIST is damaged, which torchvision does not notice.
+    train, test: pairs of images (N, C, H, W) uint8 and labels (N,). Raises
+    FileNotFoundError where it is missing and cannot be downloaded, and ValueError where
+    a file of MNIST is damaged, which torchvision does not notice.
     """
     folder = data_dir if name == "CIFAR10" else data_dir / name / "raw"
     for path in sorted(folder.glob("*-ubyte")):
@@ -165,7 +180,8 @@ def load_torchvision(name, data_dir):
     for train in (True, False):
         try:
             part = dataset(data_dir, train=train, download=True)
-        except Exception as error:                          # no network, disk, checksum
+        except Exception as error:
+            # There may be no connection, no space, or a wrong checksum.
             raise FileNotFoundError(
                 f"{name} is not in {folder}, or is damaged, and cannot be downloaded "
                 f"({error}). {WHERE_TO_GET[name]}") from None
@@ -175,17 +191,21 @@ def load_torchvision(name, data_dir):
         else:                                               # color: (N, H, W, C)
             images = images.permute(0, 3, 1, 2)
         parts.append((images, torch.as_tensor(part.targets)))
-    classes = [name.split(" - ")[0] for name in part.classes]       # MNIST: "3 - three"
+    # MNIST calls its classes "3 - three".
+    classes = [words.split(" - ")[0] for words in part.classes]
     return *parts, classes
 
 
 def check_mnist_file(path):
     """Raise ValueError where a file's length is not what its own header says."""
-    sizes = 4 if "images" in path.name else 2               # magic number, then the shape
-    header = np.fromfile(path, ">i4", sizes).astype(np.int64)
-    if not len(header) or path.stat().st_size != 4 * len(header) + header[1:].prod():
-        raise ValueError(f"{path} is damaged: it has {path.stat().st_size:,} bytes, and its "
-                         "header says otherwise. Delete it, and it is made anew")
+    # The header is a magic number and the shape, 4 bytes each. Then a byte a value.
+    count = 4 if "images" in path.name else 2
+    header = np.fromfile(path, ">i4", count).astype(np.int64)
+    expected = 4 * len(header) + header[1:].prod()
+    size = path.stat().st_size
+    if not len(header) or size != expected:
+        raise ValueError(f"{path} is damaged: it has {size:,} bytes, and its header "
+                         "says otherwise. Delete it, and it is made anew")
 
 
 WHERE_TO_GET = {
@@ -194,7 +214,8 @@ WHERE_TO_GET = {
              "https://ossci-datasets.s3.amazonaws.com/mnist/ there",
     "FashionMNIST": "Put its four .gz files from "
                     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/ there",
-    "CIFAR10": "Put cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/ there"}
+    "CIFAR10": "Put cifar-10-python.tar.gz from "
+               "https://www.cs.toronto.edu/~kriz/ there"}
 
 
 # ---- MVTec AD (Bergmann et al. 2019) ----
@@ -206,39 +227,58 @@ Download: https://www.mvtec.com/company/research/datasets/mvtec-ad, by hand"""
 
 
 def load_mvtec(normal, root, size):
-    """MVTec AD in its own layout, see MVTEC_LAYOUT -> Data, images of size x size pixels.
+    """MVTec AD in its own layout, see MVTEC_LAYOUT -> Data of size x size pixels.
 
     normal: products, "bottle,grid", or "all". Raises ValueError for an unknown product,
     FileNotFoundError where there is none.
     """
-    products = sorted(folder.parents[1].name for folder in root.glob("*/train/good"))
-    if not products:
-        found = ", ".join(sorted(path.name for path in root.glob("*"))[:8]) or "nothing"
-        raise FileNotFoundError(f"no training images in {root}, expected there\n{MVTEC_LAYOUT}\n"
-                                f"found in {root}: {found}")
-    names = [name.strip() for name in str(normal or "all").split(",")]
-    names = products if names == ["all"] else list(dict.fromkeys(names))
-    if not set(names) <= set(products):
-        raise ValueError(f"normal {normal}: use all, or some of {', '.join(products)}")
-
-    train, train_names, test, labels, test_names, masks = [], [], [], [], [], []
-    for name in names:
+    train, train_names = [], []
+    test, labels, test_names, masks = [], [], [], []
+    for name in products_in(root, normal):
+        # Training images are all normal.
         for path in images_in(root / name / "train/good"):
             train.append(read_image(path, size))
             train_names.append(name)
-        defects = sorted(folder.name for folder in (root / name / "test").iterdir())
-        for defect in ["good", *(defect for defect in defects if defect != "good")]:
-            for path in images_in(root / name / "test" / defect):
-                mask = root / name / "ground_truth" / defect / f"{path.stem}_mask.png"
+
+        # Test images: the normal ones first, then each kind of defect with its masks.
+        kinds = sorted(folder.name for folder in (root / name / "test").iterdir())
+        kinds.sort(key=lambda kind: kind != "good")
+        for kind in kinds:
+            for path in images_in(root / name / "test" / kind):
                 test.append(read_image(path, size))
-                labels.append(int(defect != "good"))
+                labels.append(int(kind != "good"))
                 test_names.append(name)
+                mask = root / name / "ground_truth" / kind / f"{path.stem}_mask.png"
                 masks.append(read_mask(mask, size) if mask.exists() else blank(size))
-    return Data(torch.stack(train), train_names, train_names, torch.stack(test),
-                torch.tensor(labels), test_names, torch.stack(masks))
+
+    return Data(
+        train=torch.stack(train),
+        train_classes=train_names,
+        train_categories=train_names,
+        test=torch.stack(test),
+        labels=torch.tensor(labels),
+        categories=test_names,
+        masks=torch.stack(masks))
+
+
+def products_in(root, normal):
+    """The names of the products in folder `root` that `normal` lists."""
+    products = sorted(folder.parents[1].name for folder in root.glob("*/train/good"))
+    if not products:
+        found = sorted(path.name for path in root.glob("*"))[:8]
+        raise FileNotFoundError(
+            f"no training images in {root}, expected there\n{MVTEC_LAYOUT}\n"
+            f"found in {root}: {', '.join(found) or 'nothing'}")
+    names = [name.strip() for name in str(normal or "all").split(",")]
+    if names == ["all"]:
+        return products
+    if not set(names) <= set(products):
+        raise ValueError(f"normal {normal}: use all, or some of {', '.join(products)}")
+    return list(dict.fromkeys(names))                       # each once, in this order
 
 
 def images_in(folder):
+    """The paths of the images in a folder, sorted."""
     return sorted(path for path in folder.glob("*") if path.suffix in (".png", ".jpg"))
 
 
@@ -258,21 +298,28 @@ def read_mask(path, size):
 def shrink_mask(mask, size):
     """A mask (H, W) bool, of any size -> (size, size) bool.
 
-    A pixel is True if at least half as much of it is covered as of any of its eight
-    neighbors. So a defect that is thinner than a pixel does not vanish.
+    A new pixel is partly covered by the defect. It is True where its share is at least
+    half the largest share among itself and its eight neighbors. So a defect that is
+    thinner than a pixel does not vanish.
     """
-    covered = Image.fromarray(mask.astype(np.float32))
-    covered = np.array(covered.resize((size, size), Image.Resampling.BOX))
-    most = ndimage.maximum_filter(covered, 3)
-    return torch.from_numpy((most > 0) & (covered >= most / 2))
+    mask = Image.fromarray(mask.astype(np.float32))
+    share = np.array(mask.resize((size, size), Image.Resampling.BOX))
+    largest = ndimage.maximum_filter(share, 3)
+    return torch.from_numpy((largest > 0) & (share >= largest / 2))
 
 
 def blank(size):
+    """The mask (size, size) of an image without a defect."""
     return torch.zeros(size, size, dtype=torch.bool)
 
 
-DATASETS = {"digits": load_digits, "mnist": load_mnist, "fashion_mnist": load_fashion_mnist,
-            "cifar10": load_cifar10, "mvtec": load_mvtec}
+DATASETS = {
+    "digits": load_digits,
+    "mnist": load_mnist,
+    "fashion_mnist": load_fashion_mnist,
+    "cifar10": load_cifar10,
+    "mvtec": load_mvtec,
+}
 
 
 # ---- what a model is trained and judged on ----
@@ -282,24 +329,30 @@ def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
 
     seed, fpr: decide which normals are set aside, see `split`.
     cache_dir: features are kept there. None keeps them in memory only.
-    A Backbone that standardizes takes its statistics from the normals trained on, unless
-    it has some already.
+    A Backbone that standardizes takes its statistics from the normals that are trained
+    on, unless it has some already.
     """
     train, calibration = split(data.train_classes, seed, fpr)
-    stored, test, copies, prepare, images = data.train, data.test, data.copies, to_float, None
+
+    # Without a Backbone, a model sees the images themselves.
+    normals, test, copies = data.train, data.test, data.copies
+    prepare, images = to_float, None
+
+    # With one, it sees the features of all images, standardized.
     if backbone is not None:
-        images, prepare = data.train[train], backbone.standardize
-        stored = cached_features(backbone, stored, data.train_categories, cache_dir)
+        prepare, images = backbone.standardize, data.train[train]
+        normals = cached_features(backbone, normals, data.train_categories, cache_dir)
         test = cached_features(backbone, test, data.categories, cache_dir)
         if copies is not None:
             names = [f"{data.train_categories[i]}, copies" for i in data.copy_of]
             copies = cached_features(backbone, copies, names, cache_dir)
         if not backbone.fitted:
-            backbone.fit_statistics(stored[train])
+            backbone.fit_statistics(normals[train])
+
     return Inputs(
-        train=stored[train],
+        train=normals[train],
         train_categories=[data.train_categories[i] for i in train],
-        calibration=stored[calibration],
+        calibration=normals[calibration],
         calibration_categories=[data.train_categories[i] for i in calibration],
         test=test, prepare=prepare, images=images, copies=copies, copy_of=data.copy_of,
         copy_in_bank=data.copy_in_bank)
@@ -314,14 +367,22 @@ def split(classes, seed, fpr=0.05):
     """
     if fpr is None:
         return torch.arange(len(classes)), torch.arange(0)
+
+    # A new normal scores above all of k others with a probability of 1 / (k + 1). For a
+    # threshold that only a share fpr of the normals exceeds, it takes k = 1 / fpr - 1.
+    # 1 / fpr is rounded first, since a float such as 0.05 is not exact.
     needed = math.ceil(round(1 / fpr, 9)) - 1
     generator = torch.Generator().manual_seed(seed)
     train, calibration = [], []
     for name in sorted(set(classes)):
+        # The images of this class, in random order.
         members = torch.tensor([i for i, other in enumerate(classes) if other == name])
         members = members[torch.randperm(len(members), generator=generator)]
-        at_least = min(1, len(members) - 1)                 # of a single image, none
-        count = max(len(members) // 10, min(needed, len(members) // 3), at_least)
+
+        # At least one is set aside, but not the only one.
+        tenth, third = len(members) // 10, len(members) // 3
+        at_least = min(1, len(members) - 1)
+        count = max(tenth, min(needed, third), at_least)
         calibration.append(members[:count])
         train.append(members[count:])
     return torch.cat(train).sort().values, torch.cat(calibration).sort().values
@@ -331,51 +392,79 @@ def cached_features(backbone, images, names, folder):
     """Features of images (N, C, H, W) uint8, not standardized: (N, C', g, g) float16.
 
     names: the category of each. Each category has one file in `folder`, named by a hash
-    of its images and of the backbone, so that features are computed once. Where the file
-    cannot be written, a line says so. folder=None keeps none.
+    of its images and of the backbone, so that features are computed once. Where the
+    file cannot be written, a line says so. folder=None keeps none.
     """
-    device = backbone.mean.device
-    weights = fingerprint_of(backbone)
-    shape = backbone.mean.shape[0], backbone.grid, backbone.grid
+    fingerprint = fingerprint_of(backbone)
+    shape = len(backbone.mean), backbone.grid, backbone.grid
     features = torch.empty(len(images), *shape, dtype=torch.half)
     for name in sorted(set(names)):
         index = [i for i, other in enumerate(names) if other == name]
-        members = images[index]
-        digest = hashlib.sha256(weights + members.numpy().tobytes()).hexdigest()
-        path = folder and Path(folder, f"{digest}.npz")
-        try:
-            features[index] = torch.from_numpy(np.load(path)["features"])
-        except Exception:                                   # missing or damaged, or folder=None
-            parts = []
-            for batch in with_progress(members.split(4), f"features of {name}", len(members)):
-                parts.append(backbone.extract(to_float(batch.to(device))).cpu())
-            features[index] = torch.cat(parts)
+        members = images[index]                             # of this category
+
+        # Read the features if they are on disk already.
+        of_category = None
+        if folder:
+            content = fingerprint + members.numpy().tobytes()
+            path = Path(folder, f"{hashlib.sha256(content).hexdigest()}.npz")
+            of_category = read_features(path, (len(members), *shape))
+
+        # Compute them if they are not, and keep them.
+        if of_category is None:
+            of_category = compute_features(backbone, members, name)
             if folder:
-                keep_features(path, features[index])
+                keep_features(path, of_category)
+        features[index] = of_category
     return features
+
+
+def read_features(path, shape):
+    """The features in a file, or None where it is missing or damaged."""
+    try:
+        with np.load(path) as saved:
+            features = torch.from_numpy(saved["features"])
+    except Exception:
+        return None
+    return features if features.shape == shape else None
+
+
+def compute_features(backbone, images, name):
+    """Features of images (N, C, H, W) uint8, four at a time: (N, C', g, g) float16."""
+    device = backbone.mean.device
+    batches = images.split(4)
+    features = []
+    for batch in with_progress(batches, f"features of {name}", len(images)):
+        batch = to_float(batch.to(device))
+        features.append(backbone.extract(batch).cpu())
+    return torch.cat(features)
 
 
 def fingerprint_of(backbone):
     """A hash of all that features depend on besides the images, as bytes."""
-    digest = hashlib.sha256(f"{backbone.name} {backbone.size} {backbone.grid}".encode())
-    digest.update(str(backbone.strides).encode())
+    settings = f"{backbone.name} {backbone.size} {backbone.grid}{backbone.strides}"
+    digest = hashlib.sha256(settings.encode())
     for tensor in backbone.network.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
     return digest.digest()
 
 
 def keep_features(path, features):
+    """Write features to their file. Where that fails, a line says so."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, features=features.numpy())
     except OSError as error:
+        # A full disk may have left a part of the file.
         with contextlib.suppress(OSError):
-            path.unlink()                                   # a part of it, where the disk is full
+            path.unlink()
         print(f"features are not kept for the next run: {error}")
 
 
 def with_progress(items, what, total):
-    """The items; every five seconds a line says how many of `total` are done, and the rest."""
+    """Yield the items (batches, say). Every five seconds, print how far it has come.
+
+    total: how many there are in all batches together, for the printed line.
+    """
     started = printed = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
@@ -383,7 +472,8 @@ def with_progress(items, what, total):
             printed = now
             left = (now - started) * (len(items) / done - 1)
             left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
-            print(f"{what}: {total * done // len(items):,} of {total:,}, {left} left", flush=True)
+            count = total * done // len(items)
+            print(f"{what}: {count:,} of {total:,}, {left} left", flush=True)
         yield item
 
 
@@ -393,7 +483,8 @@ def main():
     data = load("digits", "3")
     print("digits, normal: 3")
     print("train", tuple(data.train.shape), data.train.dtype)
-    print("test ", tuple(data.test.shape), f"{int(data.labels.sum())} of them anomalous")
+    anomalous = int(data.labels.sum())
+    print("test ", tuple(data.test.shape), f"{anomalous} of them anomalous")
 
 
 if __name__ == "__main__":
