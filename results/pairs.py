@@ -1,12 +1,14 @@
-"""Pairs: from the CSV files beside this to runs without and with LAMP, paired, with statistics.
+"""Pairs: from the CSV files beside this to runs without and with LAMP, with statistics.
 
-Runs come in pairs, without and with LAMP, of one seed and one category. Seeds of one category are
-no independent sample of categories, so its mean over seeds is taken first. Then, over categories
-(or over seeds, of the mean over categories: --over seeds):
-    difference    mean of the paired differences, with LAMP minus without
-    ±             95 % Student-t interval of a mean of n: t(n - 1) s / sqrt(n)
-    p             exact two-sided sign test: if LAMP were as likely ahead as behind, how likely is
-                  a split at least as uneven? Ties are left out; empty below two pairs
+Runs come in pairs, without and with LAMP, of one seed and one category. The seeds of one
+category are no independent sample of categories, so its mean over seeds is taken first.
+Then, over categories (or over seeds, of the mean over categories: --over seeds):
+
+    difference    the mean of the paired differences, with LAMP minus without
+    ±             the 95 % Student-t interval of a mean of n: t(n - 1) s / sqrt(n)
+    p             the exact two-sided sign test: if LAMP were as likely ahead as behind,
+                  how likely is a split at least as uneven? Ties are left out. It is empty
+                  below two pairs.
 """
 import csv
 import itertools
@@ -17,10 +19,12 @@ import numpy as np
 from scipy import stats
 
 RESULTS = Path(__file__).resolve().parent
-OF_CATEGORIES = ("image_auroc", "image_ap", "pixel_auroc", "pixel_aupro", "threshold", "fpr", "tpr")
-MORE_IS_BETTER = ("image_auroc", "auroc_not_given", "auroc_paper", "image_ap", "pixel_auroc",
-                  "pixel_aupro", "tpr")
-OF_LAMP = ("over", "eps", "detach", "log")                  # options that a run without it lacks
+OF_CATEGORIES = (                       # metrics that each category has
+    "image_auroc", "image_ap", "pixel_auroc", "pixel_aupro", "threshold", "fpr", "tpr")
+MORE_IS_BETTER = (
+    "image_auroc", "auroc_not_given", "auroc_paper", "image_ap", "pixel_auroc",
+    "pixel_aupro", "tpr")
+OF_LAMP = ("over", "eps", "detach", "log")      # options that a run without it lacks
 UNITS = {"categories": "category", "seeds": "seed"}
 
 
@@ -39,41 +43,55 @@ def parse(text):
 
 
 def read(name):
-    """results/NAME.csv -> its rows: {option or metric: value}, those of its comment included."""
+    """results/NAME.csv -> its rows, {option or metric: value}, those of its comment too."""
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         known = ", ".join(sorted(other.stem for other in RESULTS.glob("*.csv")))
-        raise ValueError(f"{name}: no such experiment; there are {known}")
+        raise ValueError(f"{name}: no such experiment. There are {known}")
     with path.open(newline="") as file:
         lines = file.readlines()
     shared = {}
     if lines[0].startswith("#"):
-        shared = dict(word.split("=", 1) for word in lines.pop(0)[1:].split())
+        words = lines.pop(0)[1:].split()
+        shared = dict(word.split("=", 1) for word in words)
     rows = []
     for cells in csv.DictReader(lines):
-        rows.append({key: parse(value) for key, value in {**shared, **cells}.items()})
+        texts = {**shared, **cells}
+        rows.append({key: parse(text) for key, text in texts.items()})
     return rows
 
 
 def with_setting(row):
-    """A row with what it says without a column: `setting`, and no option of LAMP without LAMP."""
+    """A row with what it says without a column.
+
+    That is `setting`, unified or separate, and that a run without LAMP has none of LAMP's
+    options.
+    """
     classes = str(row["normal"])
     setting = "unified" if classes == "all" or "," in classes else "separate"
     lamp = bool(row.get("lamp"))
-    void = {} if lamp else dict.fromkeys(OF_LAMP)
-    return {**dict.fromkeys(OF_LAMP), **row, **void, "lamp": lamp, "setting": setting}
+    none = dict.fromkeys(OF_LAMP)
+    if lamp:
+        return {**none, **row, "lamp": True, "setting": setting}
+    return {**none, **row, **none, "lamp": False, "setting": setting}
 
 
 def counts(row, metric, each_epoch):
-    """Whether a table of `metric` counts a row. One with a row for each epoch takes whole runs;
-    others take the last epoch, of each category where the metric is one of categories."""
-    whole_run = row.get("base_error") is not None or row.get("normal_error") is not None
+    """Whether a table of `metric` counts this row.
+
+    A table with a row for each epoch takes whole runs. Others take the last epoch: of each
+    category, where it is a metric of categories, or else of the whole run.
+    """
     if row.get(metric) is None:
         return False
+    errors = row.get("base_error"), row.get("normal_error")
+    whole_run = errors != (None, None)
     if each_epoch:
         return whole_run
-    last = row["epoch"] in (0, row.get("epochs"))           # 0: solved, not trained
-    return last and (row["category"] != "mean" if metric in OF_CATEGORIES else whole_run)
+    is_last = row["epoch"] in (0, row.get("epochs"))        # 0: solved, not trained
+    if metric in OF_CATEGORIES:
+        return is_last and row["category"] != "mean"
+    return is_last and whole_run
 
 
 def sort_key(values):
@@ -81,37 +99,57 @@ def sort_key(values):
 
 
 def cells_of(rows, keys, metric, over):
-    """Rows -> {values of the options `keys`: (without LAMP, with LAMP)}, each {category: mean over
-    the seeds}, over="seeds": {seed: mean over the categories}. The plain runs are those that
-    the runs with LAMP are compared with, whatever the options of LAMP are; runs of a seed and
-    category that only one side has are left out. Raises ValueError where runs of a cell differ in
-    an option that is not among `keys`."""
-    unit, other = UNITS[over], UNITS["seeds" if over == "categories" else "categories"]
-    cells = defaultdict(lambda: ({}, {}))                   # each {(unit, other): row}
-    for row in rows:
-        if counts(row, metric, "epoch" in keys):
-            if unknown := [key for key in keys if key not in row]:
-                raise ValueError(f"no option {', '.join(unknown)} here; there are {', '.join(row)}")
-            values = tuple(row[key] for key in keys)
-            run = cells[values][row["lamp"]].setdefault((row[unit], row[other]), row)
-            if run is not row:
-                raise ValueError(f"runs of one row differ in {', '.join(differing(run, row))}: "
-                                 "name that in --rows, or choose by --where or --best-of")
-    if not cells:
+    """Rows -> cells, {values of the options `keys`: (without LAMP, with LAMP)}.
+
+    Each side is {category: mean over the seeds}; over="seeds": {seed: mean over the
+    categories}. The plain runs are those that the runs with LAMP are compared with,
+    whatever the options of LAMP are. Runs of a seed and category that only one side has
+    are left out. Raises ValueError where runs of one cell differ in an option that is not
+    among `keys`.
+    """
+    sides = sides_of(rows, keys, metric, over)
+    if not sides:
         raise ValueError(f"no run with {metric} here")
-    compared = {}
-    for values in sorted(cells, key=sort_key):
-        plain, lamp = cells[values]
+    cells = {}
+    for values in sorted(sides, key=sort_key):
+        plain, lamp = sides[values]
         partner = without_lamp(keys, values)
-        if not plain and partner in cells:
-            plain = cells[partner][0]
-        both = plain.keys() & lamp.keys() if plain and lamp else plain.keys() | lamp.keys()
-        compared[values] = means_of(plain, both, metric), means_of(lamp, both, metric)
-    return compared
+        if not plain and partner in sides:
+            plain = sides[partner][0]
+        if plain and lamp:
+            kept = plain.keys() & lamp.keys()
+        else:
+            kept = plain.keys() | lamp.keys()
+        cells[values] = means_of(plain, kept, metric), means_of(lamp, kept, metric)
+    return cells
+
+
+def sides_of(rows, keys, metric, over):
+    """Rows -> {values of keys: ({(unit, other): row} without LAMP, the same with LAMP)}.
+
+    unit: what a table's intervals are over, a category or a seed. other: the other one.
+    """
+    unit = UNITS[over]
+    other = "seed" if unit == "category" else "category"
+    sides = defaultdict(lambda: ({}, {}))
+    for row in rows:
+        if not counts(row, metric, "epoch" in keys):
+            continue
+        unknown = [key for key in keys if key not in row]
+        if unknown:
+            raise ValueError(f"no option {', '.join(unknown)} here. There are "
+                             f"{', '.join(row)}")
+        values = tuple(row[key] for key in keys)
+        run = sides[values][row["lamp"]].setdefault((row[unit], row[other]), row)
+        if run is not row:
+            names = ", ".join(differing(run, row))
+            raise ValueError(f"runs of one row differ in {names}: name that in --rows, or "
+                             "choose by --where or --best-of")
+    return sides
 
 
 def differing(run, other):
-    """The options in which two rows differ; options stand before the epoch."""
+    """The options in which two rows differ. Options stand before the epoch."""
     options = itertools.takewhile(lambda key: key != "epoch", run)
     return [key for key in options if run[key] != other.get(key)]
 
@@ -124,19 +162,24 @@ def without_lamp(keys, values):
 def means_of(runs, kept, metric):
     """{(unit, other): row} -> {unit: mean of the metric over the `kept` ones}."""
     numbers = defaultdict(list)
-    for key, row in runs.items():
-        if key in kept:
-            numbers[key[0]].append(row[metric])
-    return {unit: float(np.mean(mine)) for unit, mine in numbers.items()}
+    for (unit, other), row in runs.items():
+        if (unit, other) in kept:
+            numbers[unit].append(row[metric])
+    return {unit: float(np.mean(values)) for unit, values in numbers.items()}
 
 
 def pick(settings, category, chosen_on):
-    """Of settings, {category: value} each, that with the highest value on the category itself (as
-    the paper has it), or mean over the others, which can be known before this one is judged."""
+    """The setting, {category: value}, with the highest value.
+
+    chosen_on: on the category "itself", as the paper has it, or on the mean of the
+    "others", which can be known before this one is judged.
+    """
     scores = []
     for setting in settings:
-        seen = [value for name, value in setting.items()
-                if (name == category) == (chosen_on == "itself")]
+        if chosen_on == "itself":
+            seen = [setting[category]]
+        else:
+            seen = [value for name, value in setting.items() if name != category]
         scores.append(np.mean(seen) if seen else -np.inf)
     if max(scores) == -np.inf:
         raise ValueError(f"--chosen-on others: there is no other category than {category}")
@@ -144,10 +187,14 @@ def pick(settings, category, chosen_on):
 
 
 def best_cells(rows, keys, metric, options, chosen_on):
-    """As cells_of, but of the runs that differ in `options` the best one, of plain and LAMP apart,
-    for each category. Raises ValueError for a metric of which more is not better."""
+    """As `cells_of`, but of the runs that differ in `options` the best one.
+
+    It is chosen for each category, of plain runs and of runs with LAMP apart. Raises
+    ValueError for a metric of which more is not better.
+    """
     if metric not in MORE_IS_BETTER:
-        raise ValueError(f"--best-of takes the largest {metric}: use {', '.join(MORE_IS_BETTER)}")
+        raise ValueError(f"--best-of takes the largest {metric}: use one of "
+                         f"{', '.join(MORE_IS_BETTER)}")
     kept = [key for key in keys if key != "category"]
     groups = defaultdict(list)
     for values, cell in cells_of(rows, [*kept, *options], metric, "categories").items():
@@ -157,23 +204,27 @@ def best_cells(rows, keys, metric, options, chosen_on):
         for side in (0, 1):
             sides = [cell[side] for cell in group]
             for category in dict.fromkeys(itertools.chain(*sides)):
-                settings = [values for values in sides if category in values]
+                settings = [setting for setting in sides if category in setting]
+                chosen = pick(settings, category, chosen_on)
                 known = {**dict(zip(kept, values)), "category": category}
                 place = tuple(known[key] for key in keys)
-                best[place][side][category] = pick(settings, category, chosen_on)[category]
+                best[place][side][category] = chosen[category]
     return {values: best[values] for values in sorted(best, key=sort_key)}
 
 
 def cells_for(experiments, keys, metric="image_auroc", best_of=(), chosen_on="itself",
               over="categories", where=()):
-    """What a table is made of, from the experiments' names on; where: {option: allowed values}."""
-    rows = [with_setting(row) for row in itertools.chain(*map(read, experiments))]
+    """The cells of a table, from the experiments' names. where: {option: allowed values}."""
+    rows = []
+    for name in experiments:
+        rows += [with_setting(row) for row in read(name)]
     for option, allowed in dict(where).items():
         if option not in rows[0]:
-            raise ValueError(f"--where: no {option} here; there are {', '.join(rows[0])}")
+            raise ValueError(f"--where: no {option} here. There are {', '.join(rows[0])}")
         rows = [row for row in rows if row.get(option) in allowed]
         if not rows:
-            raise ValueError(f"--where: no run has {option} {' or '.join(map(str, allowed))}")
+            raise ValueError(f"--where: no run has {option} "
+                             f"{' or '.join(map(str, allowed))}")
     if best_of:
         return best_cells(rows, keys, metric, best_of, chosen_on)
     return cells_of(rows, keys, metric, over)
@@ -187,9 +238,11 @@ def interval(values):
 
 
 def mean_and_interval(values, sign="", digits=4):
-    """As text; without the interval for one value, empty for none."""
-    width = f" ± {interval(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):{sign}.{digits}f}{width}" if len(values) else ""
+    """As text. Of one value without the interval, of none empty."""
+    if not len(values):
+        return ""
+    mean = f"{np.mean(values):{sign}.{digits}f}"
+    return f"{mean} ± {interval(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def differences(cell):
@@ -200,6 +253,10 @@ def differences(cell):
 
 def sign_test(values):
     """How often a difference is above 0, as text, and p of the exact two-sided sign test."""
+    if not values:
+        return "", ""
     ahead, behind = sum(x > 0 for x in values), sum(x < 0 for x in values)
-    p = f"{stats.binomtest(ahead, ahead + behind).pvalue:.3f}" if ahead + behind > 1 else ""
-    return (f"{ahead} of {len(values)}" if values else ""), p
+    p = ""
+    if ahead + behind > 1:
+        p = f"{stats.binomtest(ahead, ahead + behind).pvalue:.3f}"
+    return f"{ahead} of {len(values)}", p

@@ -2,11 +2,12 @@
 
     python results/tables.py table1 --rows batch_size,loss --picture table1.png
     python results/tables.py table2 --rows loss,optimizer --best-of lr --metric pixel_auroc
-    python results/tables.py gains --picture gains.png              LAMP's gain in all settings
-    python results/tables.py steepness                              of the loss landscape
+    python results/tables.py gains --picture gains.png      LAMP's gain in all settings
+    python results/tables.py steepness                      of the loss landscape
 
-A row for each value of the options named by --rows, several experiments taken as one. What the
-columns mean is said in results/pairs.py; in parentheses stands the paper's number (paper.json).
+A table has a row for each value of the options that --rows names. Several experiments are
+taken as one. results/pairs.py says what the columns mean. In parentheses stands the
+paper's number, from paper.json.
 """
 import argparse
 import functools
@@ -19,21 +20,34 @@ from collections import defaultdict
 import numpy as np
 from matplotlib.figure import Figure
 
-from pairs import (OF_LAMP, RESULTS, UNITS, cells_for, differences, interval, mean_and_interval,
-                   parse, read, sign_test, without_lamp)
+from pairs import (OF_LAMP, RESULTS, UNITS, cells_for, differences, interval,
+                   mean_and_interval, parse, read, sign_test, without_lamp)
 
-WORDS = {                                                   # of options and metrics, in pictures
-    "loss": "{}", "optimizer": "{}", "model": "{}", "setting": "{}", "latent": "code 2x2x{}",
-    "epochs": "{} epochs", "query": "queries: {}",
-    "over": "maximum over the {}", "image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC",
-    "pixel_aupro": "AUPRO", "auroc_not_given": "image AUROC, category not told",
-    "auroc_paper": "image AUROC by the paper's score", "base_error": "training error",
-    "normal_error": "error of test normals", "anomaly_error": "error of test anomalies",
-    "distance_to_identity": "distance from the identity"}
+WORDS = {                               # for options and metrics, in pictures and headers
+    "loss": "{}",
+    "optimizer": "{}",
+    "model": "{}",
+    "setting": "{}",
+    "latent": "code 2x2x{}",
+    "epochs": "{} epochs",
+    "query": "queries: {}",
+    "over": "maximum over the {}",
+    "image_auroc": "image AUROC",
+    "auroc_not_given": "image AUROC, category not given",
+    "auroc_paper": "image AUROC by the paper's score",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_aupro": "AUPRO",
+    "base_error": "training error",
+    "normal_error": "error of test normals",
+    "anomaly_error": "error of test anomalies",
+    "distance_to_identity": "distance from the identity",
+}
 X_LABELS = {"latent": "channels of the 2x2 code", "lr": "learning rate"}
-NAMES = {"l1": "L1", "l2": "L2", "ssim": "SSIM", "sgd": "SGD", "rmsprop": "RMSprop", "adam": "Adam",
-         "uniad": "UniAD", "mlp": "MLP", "cnn": "CNN", "transformer": "Transformer"}
-GAINS = {                                                   # where LAMP was tried
+NAMES = {
+    "l1": "L1", "l2": "L2", "ssim": "SSIM", "sgd": "SGD", "rmsprop": "RMSprop",
+    "adam": "Adam", "uniad": "UniAD", "mlp": "MLP", "cnn": "CNN",
+    "transformer": "Transformer"}
+GAINS = {                               # where LAMP was tried
     "MNIST, autoencoder with a code of 2x2x128 (10 digits; 1024: 3)": dict(
         experiments=["table1"], keys=["loss", "batch_size"]),
     "MNIST, autoencoder with a narrower code, batch size 32 (10 digits)": dict(
@@ -46,27 +60,37 @@ GAINS = {                                                   # where LAMP was tri
         experiments=["minutes"], keys=["model", "query"], where={"setting": ["unified"]}),
     "MVTec AD, one UniAD, 816 steps of batch size 64 (5 categories)": dict(
         experiments=["unified"], keys=["query"],
-        where={"model": ["uniad"], "over": [None, "image"]})}
-OF_PAPER = ("loss", "batch_size", "optimizer", "category", "setting")       # its tables' options
-COMPARED = {"a": "(a) the L2 model seen through LAMP",
-            "b": "(b) each model under its own loss, as in the paper",
-            "c": "(c) both models under L2"}
+        where={"model": ["uniad"], "over": [None, "image"]}),
+}
+OF_PAPER = ("loss", "batch_size", "optimizer", "category", "setting")   # its tables' options
+COMPARED = {
+    "a": "(a) the L2 model seen through LAMP",
+    "b": "(b) each model under its own loss, as in the paper",
+    "c": "(c) both models under L2"}
 
 
 # ---- tables ----
 
 @functools.cache
 def paper_numbers():
-    """paper.json -> [(the words of a number's row and column, the number)]."""
-    entries = json.loads((RESULTS / "paper.json").read_text())
-    return [({*f"{e['row']} {e['column']}".lower().split()}, e["value"]) for e in entries]
+    """paper.json -> [(the words of a number's row and column, the number), ...]."""
+    numbers = []
+    for entry in json.loads((RESULTS / "paper.json").read_text()):
+        words = f"{entry['row']} {entry['column']}".lower().split()
+        numbers.append((set(words), entry["value"]))
+    return numbers
 
 
 def in_paper(*words):
-    """The papers' number whose words are all among these, of several that of most; or None."""
-    words = {*" ".join(map(str, words)).lower().split()}
-    fits = {len(named): number for named, number in paper_numbers()
-            if named <= words and ("lamp" in named) == ("lamp" in words)}
+    """The papers' number whose words are all among these, or None.
+
+    Of several the one of most words is taken.
+    """
+    words = set(" ".join(map(str, words)).lower().split())
+    fits = {}
+    for named, number in paper_numbers():
+        if named <= words and ("lamp" in named) == ("lamp" in words):
+            fits[len(named)] = number
     return fits[max(fits)] if fits else None
 
 
@@ -79,7 +103,14 @@ def markdown(header, lines):
 def with_paper(values, *words):
     """Mean and interval, and the paper's number for these words, if it has one."""
     number = in_paper(*words) if values else None
-    return mean_and_interval(values) + ("" if number is None else f" ({number:.3f})")
+    published = "" if number is None else f" ({number:.3f})"
+    return mean_and_interval(values) + published
+
+
+def with_mean(cells):
+    """Cells of categories, and a last one over all of them."""
+    sides = zip(*cells.values())
+    return {**cells, ("mean",): [functools.reduce(dict.__or__, side) for side in sides]}
 
 
 def table(cells, keys, metric, over="categories"):
@@ -88,8 +119,7 @@ def table(cells, keys, metric, over="categories"):
     A row of plain runs that rows with LAMP are compared with is left out.
     """
     if keys == ["category"] and over == "categories":
-        sides = zip(*cells.values())
-        cells = {**cells, ("mean",): [functools.reduce(dict.__or__, side) for side in sides]}
+        cells = with_mean(cells)
     with_lamp = any(lamp for _, lamp in cells.values())
     compared = [without_lamp(keys, values) for values, (_, lamp) in cells.items() if lamp]
     lines = []
@@ -97,32 +127,41 @@ def table(cells, keys, metric, over="categories"):
         if not lamp and values in compared:
             continue
         gains = differences((plain, lamp))
-        line = ["" if value is None else value for value in values]
         named = [value for key, value in zip(keys, values) if key in OF_PAPER]
+        line = ["" if value is None else value for value in values]
         line.append(with_paper([*plain.values()], *named, metric))
         if with_lamp:
             line.append(with_paper([*lamp.values()], *named, metric, "lamp"))
             line += [mean_and_interval(gains, "+"), *sign_test(gains)]
         lines.append(line)
-    words = [key.replace("_", " ") for key in keys]
-    header = [*words, f"{in_words(metric)}, without LAMP" if with_lamp else in_words(metric)]
+    header = [key.replace("_", " ") for key in keys]
     if with_lamp:
-        header += ["with LAMP", "difference", "LAMP ahead", "p"]
+        header += [f"{in_words(metric)}, without LAMP", "with LAMP", "difference",
+                   "LAMP ahead", "p"]
+    else:
+        header.append(in_words(metric))
     return markdown(header, lines)
 
 
 def all_gains():
-    """Yields setting, row in words, differences, and the paper's difference or None, for GAINS."""
+    """LAMP's gain in each setting of GAINS.
+
+    Yields the setting, its row in words, the differences, and the paper's or None.
+    """
     for title, options in GAINS.items():
         for values, cell in cells_for(**options).items():
             named = [values]
-            if in_paper(*values, "image_auroc") is None:    # Table 2 has a number a category
+            if in_paper(*values, "image_auroc") is None:    # Table 2: a number a category
                 named = [(*values, category) for category in cell[1]]
-            numbers = [(in_paper(*words, "image_auroc"), in_paper(*words, "image_auroc", "lamp"))
-                       for words in named]
-            known = [lamp - plain for plain, lamp in numbers if lamp is not None]
-            words = ", ".join(in_words(key, v) for key, v in zip(options["keys"], values) if v)
-            yield title, words, differences(cell), np.mean(known) if known else None
+            published = []
+            for words in named:
+                with_lamp = in_paper(*words, "image_auroc", "lamp")
+                if with_lamp is not None:
+                    published.append(with_lamp - in_paper(*words, "image_auroc"))
+            parts = [in_words(key, value) for key, value in zip(options["keys"], values)
+                     if value]
+            mean = np.mean(published) if published else None
+            yield title, ", ".join(parts), differences(cell), mean
 
 
 def gains_table():
@@ -135,15 +174,20 @@ def gains_table():
 
 
 def steepness_table():
-    """LAMP / L2, how many times steeper: means and 95 % intervals over the seeds, as Markdown."""
+    """How many times steeper LAMP is than L2, as Markdown.
+
+    Means and 95 % intervals are over the seeds.
+    """
     measures = ("gradient", "curvature", "gradient_per_loss", "curvature_per_loss")
     groups = defaultdict(list)
     for row in read("steepness"):
         groups[row["network"], row["batch_size"], row["compared"]].append(row)
     lines = []
     for (network, batch_size, compared), rows in groups.items():
-        cells = [mean_and_interval([row[key] for row in rows], digits=2) for key in measures]
-        lines.append([network, batch_size, COMPARED[compared], *cells])
+        line = [network, batch_size, COMPARED[compared]]
+        for key in measures:
+            line.append(mean_and_interval([row[key] for row in rows], digits=2))
+        lines.append(line)
     return markdown(["network", "batch size", "compared", "gradient", "curvature",
                      "gradient / loss", "curvature / loss"], lines)
 
@@ -159,70 +203,93 @@ def in_words(name, *values):
 
 def curves(cells, keys):
     """Cells -> {a line's words: {first of keys: (values, differences)}}, plain runs once."""
-    lines, with_lamp = defaultdict(dict), any(lamp for _, lamp in cells.values())
+    with_lamp = any(lamp for _, lamp in cells.values())
+    lines = defaultdict(dict)
     for (x, *rest), (plain, lamp) in cells.items():
-        options = {key: value for key, value in zip(keys[1:], rest) if value is not None}
+        options = dict(zip(keys[1:], rest))
+        options = {key: value for key, value in options.items() if value is not None}
         words = [in_words(key, value) for key, value in options.items()]
-        if plain and not {*OF_LAMP} & {*options}:
+        if plain and not set(OF_LAMP) & set(options):
             name = ["without LAMP"] if with_lamp else []
-            lines[", ".join([*name, *words])][x] = [*plain.values()], []
+            lines[", ".join([*name, *words])][x] = list(plain.values()), []
         if lamp:
             gains = differences((plain, lamp))
-            lines[", ".join(["with LAMP", *words])][x] = [*lamp.values()], gains
+            lines[", ".join(["with LAMP", *words])][x] = list(lamp.values()), gains
     return lines
 
 
+def gains_of(lines):
+    """Lines of `curves` -> {words: {x: differences}}, where there are two or more."""
+    gains = {}
+    for name, points in lines.items():
+        several = {x: gain for x, (_, gain) in points.items() if len(gain) > 1}
+        if several:
+            gains[name] = several
+    return gains
+
+
 def draw(path, tables, keys, command):
-    """tables, {metric: cells}: a panel for each metric over the first of keys, a line for each
-    value of the others; last, the difference in the first metric with its interval."""
-    panels_lines = {in_words(metric): curves(cells, keys) for metric, cells in tables.items()}
-    first, lines = next(iter(panels_lines.items()))
-    gains = {name: {x: gain for x, (_, gain) in points.items() if len(gain) > 1}
-             for name, points in lines.items()}
-    gains = {name: points for name, points in gains.items() if points}
+    """A panel for each metric, over the first of keys, with a line for each other value.
+
+    tables: {metric: cells}. The last panel has the difference in the first metric, with
+    its interval.
+    """
+    drawn = {in_words(metric): curves(cells, keys) for metric, cells in tables.items()}
+    first, lines = next(iter(drawn.items()))
+    ticks = list(set().union(*lines.values()))
+    if not all(isinstance(x, (int, float)) for x in ticks):
+        raise ValueError(f"--picture draws over numbers, and {keys[0]}, first of --rows, "
+                         "is none")
+    by_factors = keys[0] in ("latent", "batch_size", "lr") and min(ticks) > 0
+    gains = gains_of(lines)
     count = len(tables) + bool(gains)
     figure = Figure(figsize=(4.2 * count, 4.2), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]
     colors = {name: f"C{i}" for i, name in enumerate(lines)}
-    ticks = [*set().union(*lines.values())]
-    if not all(isinstance(x, (int, float)) for x in ticks):
-        raise ValueError(f"--picture draws over numbers, and {keys[0]}, first of --rows, is none")
-    factor = keys[0] in ("latent", "batch_size", "lr") and min(ticks) > 0   # drawn by factors of 2
-    for panel, (title, drawn) in zip(panels, panels_lines.items()):
+    for panel, (title, its_lines) in zip(panels, drawn.items()):
         panel.set_title(title)
-        for name, points in drawn.items():
-            means = [np.mean(values) for values, _ in points.values()]
-            marker = "o" if name.startswith("with LAMP") else "s"
-            panel.plot([*points], means, marker + "-", color=colors[name], label=name)
+        draw_lines(panel, its_lines, colors)
     if gains:
         panels[-1].set_title(f"{first}: with LAMP - without")
-        panels[-1].axhline(0, color="black", linewidth=0.8)
-        draw_gain_lines(panels[-1], gains, colors, factor)
+        draw_gain_lines(panels[-1], gains, colors, by_factors)
     for panel in panels:
         panel.set_xlabel(X_LABELS.get(keys[0], keys[0].replace("_", " ")))
-        if factor:
+        if by_factors:
             panel.set_xscale("log", base=2)
             panel.set_xticks(ticks, ticks)
     if len(lines) > 1:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3,
-                      fontsize=8)
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper left", ncols=3, fontsize=8)
+    save(figure, path, command)
+
+
+def draw_lines(panel, lines, colors):
+    """The mean over categories or seeds, line by line."""
+    for name, points in lines.items():
+        means = [np.mean(values) for values, _ in points.values()]
+        marker = "o" if name.startswith("with LAMP") else "s"
+        panel.plot([*points], means, marker + "-", color=colors[name], label=name)
+
+
+def draw_gain_lines(panel, gains, colors, by_factors):
+    """Mean differences with intervals. Each line is a little to the right of the last."""
+    panel.axhline(0, color="black", linewidth=0.8)
+    for i, (name, points) in enumerate(gains.items()):
+        shift = 0.15 * (i - (len(gains) - 1) / 2)
+        xs = [x * 2 ** shift if by_factors else x + shift for x in points]
+        means = [np.mean(gain) for gain in points.values()]
+        widths = [interval(gain) for gain in points.values()]
+        panel.errorbar(xs, means, widths, fmt="o-", capsize=3, color=colors[name])
+
+
+def save(figure, path, command):
     figure.supxlabel(command, fontsize=6)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
 
-def draw_gain_lines(panel, gains, colors, factor):
-    """Mean differences with intervals, each line's a little to the right of the one before."""
-    for i, (name, points) in enumerate(gains.items()):
-        shift = 0.15 * (i - (len(gains) - 1) / 2)
-        xs = [x * 2 ** shift if factor else x + shift for x in points]
-        panel.errorbar(xs, [np.mean(gain) for gain in points.values()],
-                       [interval(gain) for gain in points.values()], fmt="o-", capsize=3,
-                       color=colors[name])
-
-
 def draw_gains(path, command):
-    """LAMP's gain in image AUROC in all settings, with 95 % intervals and the paper's gains."""
+    """LAMP's gain in image AUROC in all settings, with 95 % intervals and the paper's."""
     groups = defaultdict(list)
     for title, words, gains, paper in all_gains():
         groups[title].append((words, gains, paper))
@@ -231,27 +298,34 @@ def draw_gains(path, command):
     panels = figure.subplots(len(groups), sharex=True, height_ratios=sizes)
     for panel, (title, group) in zip(panels, groups.items()):
         for y, (_, gains, paper) in enumerate(group):
-            here = panel.errorbar(np.mean(gains), y, xerr=interval(gains), fmt="o", color="C0",
-                                  capsize=3)
-            if paper is not None:                           # below, so as not to hide the interval
-                published, = panel.plot(paper, y + 0.25, "D", color="C1", markerfacecolor="none",
-                                        markersize=5)
+            here = panel.errorbar(np.mean(gains), y, xerr=interval(gains), fmt="o",
+                                  color="C0", capsize=3)
+            if paper is not None:                   # below, so as not to hide the interval
+                published, = panel.plot(paper, y + 0.25, "D", color="C1",
+                                        markerfacecolor="none", markersize=5)
         panel.set_yticks(range(len(group)), [words for words, _, _ in group], fontsize=8)
         panel.set_title(title, fontsize=9, loc="left")
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_ylim(len(group) - 0.4, -0.6)              # the first on top
+        panel.set_ylim(len(group) - 0.4, -0.6)      # the first on top
     panels[-1].set_xlabel("image AUROC: with LAMP - without")
-    figure.legend([here, published], ["here, mean and 95 % interval", "the paper"], ncols=2,
-                  loc="outside upper right", fontsize=8)
-    figure.supxlabel(command, fontsize=6)
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    figure.legend([here, published], ["here, mean and 95 % interval", "the paper"],
+                  ncols=2, loc="outside upper right", fontsize=8)
+    save(figure, path, command)
 
 
 # ---- the command ----
 
+def parse_where(text):
+    """ "lamp=False,seed=0,seed=1" -> {option: allowed values}."""
+    where = defaultdict(list)
+    for word in re.split(r",(?=\w+=)", text) if text else []:
+        option, _, value = word.partition("=")
+        where[option].append(parse(value))
+    return where
+
+
 def print_tables(args, command):
-    """What the command line asks for, on the terminal and as a picture."""
+    """Print what the command line asks for, and draw it where --picture names a file."""
     if args.names == ["steepness"]:
         print(steepness_table())
     elif args.names == ["gains"]:
@@ -259,32 +333,33 @@ def print_tables(args, command):
         if args.picture:
             draw_gains(args.picture, command)
     else:
-        where = defaultdict(list)
-        for word in re.split(r",(?=\w+=)", args.where) if args.where else []:
-            option, _, value = word.partition("=")
-            where[option].append(parse(value))
-        keys, tables = args.rows.split(","), {}
+        keys, where = args.rows.split(","), parse_where(args.where)
+        tables = {}
         for metric in args.metric.split(","):
-            tables[metric] = cells_for(args.names, keys, metric, args.best_of, args.chosen_on,
-                                       args.over, where)
-        print("\n\n".join(table(cells, keys, metric, args.over)
-                          for metric, cells in tables.items()))
+            tables[metric] = cells_for(args.names, keys, metric, args.best_of,
+                                       args.chosen_on, args.over, where)
+        texts = [table(cells, keys, metric, args.over) for metric, cells in tables.items()]
+        print("\n\n".join(texts))
         if args.picture:
             draw(args.picture, tables, keys, command)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
     add = parser.add_argument
     add("names", nargs="+", metavar="EXPERIMENT", help="one or more; or gains; or steepness")
-    add("--rows", default="category", help="options, a row for each value (default: category)")
-    add("--metric", default="image_auroc", help="a table for each of these (default: image_auroc)")
+    add("--rows", default="category",
+        help="options, a row for each of their values (default: category)")
+    add("--metric", default="image_auroc",
+        help="a table for each of these (default: image_auroc)")
     add("--where", default="", metavar="OPTION=VALUE,...", help="of these runs alone")
-    add("--over", choices=UNITS, default="categories", help="what intervals are over")
-    add("--best-of", default=(), type=lambda s: s.split(","), help="best over these options")
+    add("--over", choices=UNITS, default="categories", help="what the intervals are over")
+    add("--best-of", default=(), type=lambda s: s.split(","),
+        help="the best over these options")
     add("--chosen-on", choices=("itself", "others"), default="itself",
-        help="best on the category itself (default), or on the mean of the other categories")
+        help="best on the category itself (default), or on the mean of the others")
     add("--picture", metavar="FILE", help="draw it, too")
     args = parser.parse_args(argv)
     if args.best_of and args.over == "seeds":
