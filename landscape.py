@@ -363,8 +363,8 @@ def steps(span, grid):
     return xs
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else list(argv)
+def parse(argv):
+    """The command line -> its parser, for errors, and the options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote, of one architecture")
@@ -390,6 +390,12 @@ def main(argv=None):
         parser.error("--images and --epochs start at 1, --seed at 0")
     if args.runs and args.figure:
         parser.error("give runs, or --figure, not both")
+    return parser, args
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser, args = parse(argv)
     settings = Settings(steps(args.span, args.grid), args.images, args.seed, args.epochs,
                         args.maximum, args.data_dir, shlex.join(["python", "landscape.py", *argv]))
     torch.set_flush_denormal(True)                          # far away, numbers become tiny
