@@ -4,7 +4,7 @@
     python train.py --dataset mnist --normal 3 --loss l2 --lamp
 
 Every model reconstructs its input, so one loop, `fit`, trains them all. The LAMP paper
-in one line: train on normal images alone, with an amplified loss; judge by the L2 error.
+in one line: train on normal images alone, with an amplified loss; judge by L2.
 
 A run is made from a config, a dict. The command line sets the options that a reader of
 the papers turns. DEFAULTS holds all keys. From Python any of them can be set:
@@ -27,8 +27,8 @@ import time
 import uuid
 from pathlib import Path
 
-# A thread that waits must sleep, not spin. On a busy machine, spinning made a command of
-# 20 seconds take minutes. This is read when torch is imported.
+# A thread that waits must sleep, not spin. On a busy machine, spinning made a command
+# of 20 seconds take minutes. This is read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -64,11 +64,13 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         amp=False, prepare=to_float, resume=None, after_epoch=None):
     """Train a model to reconstruct its inputs, or to predict targets -> history.
 
-    inputs: (N, C, H, W) as stored; prepare makes of them what the model sees.
-    criterion(x_hat, x) -> the sum over an image's values (Eq. 1 of LAMP). It is divided
-    by their number, so that one learning rate holds at every image size. The history
-    has a dict for each epoch. after_epoch(history, state) may add to its last one, and
-    keep the state to `resume` from. FloatingPointError: the loss is not finite.
+    inputs: (N, C, H, W) as they are stored. prepare: makes of them what the model sees.
+    targets: (N, ...), or None for the inputs themselves.
+    criterion(x_hat, x): a scalar, the sum over the values of an image (Eq. 1 of LAMP).
+        It is divided by their number, so that one learning rate fits all image sizes.
+    after_epoch(history, state): may add to the last entry of the history, which has a
+        dict for each epoch, and may keep the state, from which a training can `resume`.
+    Raises FloatingPointError where the loss is not finite.
     """
     device = next(model.parameters()).device
     order = torch.Generator().manual_seed(seed)
@@ -109,7 +111,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
 
 
 def take_step(optim, model, lr, clip, amp):
-    """One step at learning rate lr. clip: the largest norm of the gradient, 0 for any."""
+    """One step at learning rate lr. clip: the gradient's largest norm, 0 for any."""
     for group in optim.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)       # Muon moves some at lr / 20
     if clip:
@@ -129,7 +131,7 @@ def check_finite(loss, lr, epoch, step):
 def errors_of(criterion, loss, target):
     """The loss, and the error before amplification, of a value: (2,), on the CPU."""
     base_error = getattr(criterion, "base_error", None)
-    if base_error is None:                                  # another criterion than ours
+    if base_error is None:                                  # not ReconstructionLoss
         return torch.stack([loss, loss]).detach().cpu()
     return torch.stack([loss.detach(), base_error / target[0].numel()]).cpu()
 
@@ -170,10 +172,10 @@ def reestimate_batch_norm(model, batches):
 
 @torch.no_grad()
 def orthogonalize(g):
-    """The orthogonal matrices U V^T nearest to g = U S V^T, roughly: (n, rows, columns).
+    """The orthogonal matrices U V^T nearest to g = U S V^T, roughly.
 
-    Five steps of a Newton-Schulz iteration. They bring singular values above a
-    hundredth of the norm |g| to between 0.7 and 1.2.
+    (n, rows, columns) -> (n, rows, columns). Five steps of a Newton-Schulz iteration
+    bring singular values above a hundredth of the norm |g| to between 0.7 and 1.2.
     """
     wide = g.shape[1] <= g.shape[2]
     x = g if wide else g.mT                                 # for the smaller product
@@ -223,7 +225,7 @@ class Muon(torch.optim.AdamW):
         super().step()                                      # what has a gradient left
 
     def move_matrices(self, weights, lr, weight_decay):
-        """One step for weights of one shape, (out, ...). Their gradients become None."""
+        """One step for weights of one shape. Their gradients become None."""
         directions = []
         for w in weights:
             state = self.state[w]
@@ -259,7 +261,8 @@ def adamw(model, lr, weight_decay):
                              fused=True)
 
 
-OPTIMIZERS = {"sgd": sgd, "rmsprop": rmsprop, "adam": adam, "adamw": adamw, "muon": Muon}
+OPTIMIZERS = {"sgd": sgd, "rmsprop": rmsprop, "adam": adam, "adamw": adamw,
+              "muon": Muon}
 
 
 # A schedule gives the factor of the learning rate, by the progress from 0 to 1.
@@ -382,9 +385,9 @@ class RunFolder:
         never leaves a broken file.
         """
         if (self.path / "writer.txt").read_text() != self.token:
-            raise ValueError(f"another training has begun in {self.path}: this one stops, "
-                             "and leaves it alone. Name another --out")
-        buffer = io.BytesIO()                       # a full disk is then a plain OSError
+            raise ValueError(f"another training has begun in {self.path}: this one "
+                             "stops, and leaves it alone. Name another --out")
+        buffer = io.BytesIO()                   # then a full disk is a plain OSError
         torch.save(state, buffer)
         part = self.path / "model.tmp"
         part.write_bytes(buffer.getbuffer())
@@ -419,9 +422,9 @@ def resumed_config(out, given):
             raise ValueError(f"--resume takes {flag(key)} from the run: leave it out")
         planned = c.get("schedule") != "constant" and value != c.get("epochs")
         if key == "epochs" and planned:
-            raise ValueError(f"--epochs {value}: the learning rate of this run was planned "
-                             f"for {c.get('epochs')} epochs. Train anew, with another "
-                             "--out")
+            raise ValueError(f"--epochs {value}: the learning rate of this run was "
+                             f"planned for {c.get('epochs')} epochs. Train anew, with "
+                             "another --out")
         c[key] = value
     c["device"] = pick_device(c["device"])
     return c
@@ -473,7 +476,7 @@ ON_PRODUCTS = {
     "ae": dict(image_size=64, depth=5, latent=16, batch_size=8),
     "pca": dict(image_size=64),
 }
-OF_A_RUN = ("out", "white")             # keys without a default; white: photos/images.py
+OF_A_RUN = ("out", "white")             # without a default; white: photos/images.py
 
 
 def with_defaults(given):
@@ -496,7 +499,7 @@ def with_defaults(given):
     if model == "ae" and dataset == "digits":
         c["steps"] = 400                                    # they are small and few
     if c.get("optimizer") == "muon" and given.get("optimizer", "muon") != "muon":
-        c["lr"] /= 20                                       # Muon's ratio to Adam's rate
+        c["lr"] /= 20                                       # Muon's ratio to Adam
     for key in given:
         if key not in (*c, *OF_A_RUN):
             raise ValueError(f"{flag(key)} means nothing to the model {model}: "
@@ -509,7 +512,7 @@ def with_defaults(given):
 
 
 def default_folder(c):
-    """runs/DATASET-NORMAL-MODEL-LOSS[-lamp]-sSEED, without a loss where there is none."""
+    """runs/DATASET-NORMAL-MODEL-LOSS[-lamp]-sSEED, without a loss if there is none."""
     words = [c["dataset"], c["normal"], c["model"]]
     if "loss" in c:
         words.append(c["loss"])
@@ -535,19 +538,20 @@ def check(c):
             check_range(key, value)
     model, features = c["model"], c["backbone"] != "none"
     if model != "pca" and features != (model != "ae"):
-        raise ValueError(f"--model {model} --backbone {c['backbone']}: ae sees the image, "
-                         "pca the image or features, all others features. Leave out "
-                         "--backbone")
+        raise ValueError(f"--model {model} --backbone {c['backbone']}: ae sees the "
+                         "image, pca the image or features, all others features. Leave "
+                         "out --backbone")
     if features and c.get("loss") == "ssim":
-        raise ValueError("--loss ssim compares images in [0, 1]. With CNN features use l1 "
-                         "or l2")
+        raise ValueError("--loss ssim compares images in [0, 1]. With CNN features use "
+                         "l1 or l2")
     if model in ("uniad", "transformer") and c["width"] % 8:
-        raise ValueError(f"--width {c['width']}: 8 heads share it, so use a multiple of 8")
+        raise ValueError(f"--width {c['width']}: 8 heads share it, so use a multiple "
+                         "of 8")
     grid = c["image_size"] // c.get("grid_stride", 16)
     if c.get("neighbors") and c["neighbors"] // 2 >= grid // 2:
         raise ValueError(f"--neighbors {c['neighbors']} hides the whole grid of "
-                         f"{grid}x{grid} tokens from some of them: use fewer, or a larger "
-                         "--image-size")
+                         f"{grid}x{grid} tokens from some of them: use fewer, or a "
+                         "larger --image-size")
 
 
 def check_range(key, value):
@@ -635,7 +639,7 @@ def shape_of(inputs):
 
 def first_model(c, inputs, device, state):
     """The model before training, or as it was saved, or solved."""
-    torch.manual_seed(c["seed"] + processes()[0])           # each one jitters on its own
+    torch.manual_seed(c["seed"] + processes()[0])           # processes jitter apart
     if c["model"] == "nearest" and not state:
         return nearest_model(c, inputs, device)
     bank_tokens = len(state["model"].get("bank", ())) if state else 0
@@ -652,7 +656,8 @@ def nearest_model(c, inputs, device):
 
     The images are drawn, always the same ones. A copy has the number of its image.
     """
-    order = torch.randperm(len(inputs.train), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(inputs.train), generator=generator)
     numbers = order[:c["bank_images"]]
     features = inputs.train[numbers]                        # (N, C, g, g)
     if inputs.copies is not None:
@@ -674,7 +679,7 @@ def saver(c, model, data, inputs, backbone):
              "fingerprint": ev.fingerprint_of(data),
              "backbone": backbone and (backbone.mean.cpu(), backbone.std.cpu())}
     if dist.is_initialized():
-        dist.barrier()                                      # all have read what is there
+        dist.barrier()                                      # all have read what is here
     if processes()[0] > 0:
         return lambda state: None                           # the first process saves
     folder.claim()
@@ -693,8 +698,9 @@ def train_model(c, model, data, inputs, criterion, state, save):
         history[-1].update(curve_point(len(history), c, model, data, inputs))
         save(now)
 
-    chosen = {key: c[key] for key in ("epochs", "batch_size", "lr", "optimizer",
-                                      "schedule", "weight_decay", "clip", "seed", "amp")}
+    keys = ("epochs", "batch_size", "lr", "optimizer", "schedule", "weight_decay",
+            "clip", "seed", "amp")
+    chosen = {key: c[key] for key in keys}
     try:
         fit(model, inputs.train, criterion, **chosen, prepare=inputs.prepare,
             resume=state if state and state["history"] else None,
@@ -761,9 +767,10 @@ def machine_name(device):
 def print_start(c, data, inputs):
     """Print what is trained on what, and the options, those that were chosen first."""
     anomalies = int(data.labels.sum())
+    normals = len(data.labels) - anomalies
     print(f"{c['model']} on {c['dataset']} {c['normal']}: {len(inputs.train)} normal "
-          f"images to train on, {len(inputs.calibration)} set aside for the threshold.\n"
-          f"To test: {len(data.labels) - anomalies} normal and {anomalies} anomalous ones.")
+          f"images to train on, {len(inputs.calibration)} set aside for the threshold.")
+    print(f"To test: {normals} normal images and {anomalies} anomalous ones.")
     usual = with_defaults({key: c[key] for key in ("model", "dataset", "backbone")})
     settle(usual, len(inputs.train))
     chosen = [f"{key}={c[key]}" for key in c if c[key] != usual.get(key)]
@@ -782,7 +789,7 @@ def print_end(record):
           f"The run is in {shlex.quote(c['out'])}"
           f"{'; look at its examples.png.' if c['pictures'] else '.'}")
     if "lamp" in c and not c["lamp"]:
-        print("Next you may amplify the loss (--lamp) or learn another class (--normal).")
+        print("Next: amplify the loss (--lamp), or learn another class (--normal).")
     print(ev.report(record["metrics"], c["fpr"]))
 
 
@@ -859,7 +866,8 @@ def config_of(argv):
     state = saved_run(c["out"])
     if state and not overwrite:
         out = shlex.quote(c["out"])
-        raise ValueError(f"{out} already holds a run of {len(state['history'])} epochs: "
+        epochs = len(state["history"])
+        raise ValueError(f"{out} already holds a run of {epochs} epochs: "
                          f"--resume {out} goes on with it, --overwrite replaces it, "
                          "--out names another folder")
     return c, False
