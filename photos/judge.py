@@ -27,7 +27,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the folder of evaluate.py
 import evaluate as ev
 from data import resize, to_float, with_progress
-from photos.images import (PAGE_SIDE, appearance, has_another_shape, how_they_differ,
+from photos.images import (appearance, has_another_shape, how_they_differ,
                            list_images, name_some, printable, read_photo)
 from photos.page import Row, lay_over, write_page
 
@@ -82,7 +82,7 @@ class Judge:
         self.given = threshold
         self.thresholds = {}
         for name in self.kinds:
-            limit = ev.threshold_of(name, self.calibration.scores, self.config["score"], self.fpr)
+            limit = ev.threshold_of(name, self.calibration, self.config["score"], self.fpr)
             self.thresholds[name] = limit if threshold is None else threshold
 
     def checked(self, kind):
@@ -229,11 +229,12 @@ COLUMNS = ["file", "score", "threshold", "verdict", "kind", "peak_x", "peak_y"]
 class Report:
     """The table and the page of one call, in a folder of its own.
 
-    folder: it is made, and must be empty where it is there already. None writes nothing.
+    folder: an empty one, or None, which writes nothing. pictures: make the page, too.
+    several: whether the run has learned several kinds.
     """
 
-    def __init__(self, folder, run, pictures=True):
-        self.folder, self.run, self.pictures, self.rows = folder, run, pictures, []
+    def __init__(self, folder, pictures=True, several=False):
+        self.folder, self.pictures, self.several, self.rows = folder, pictures, several, []
         self.stream = open(os.devnull, "w")
         if folder is None:
             return
@@ -260,15 +261,18 @@ class Report:
             addresses = f"{name}.jpg", f"{name}-heat.jpg"
             photo.picture.save(self.folder / addresses[0], quality=80)
             lay_over(photo.picture, v.heat_map).save(self.folder / addresses[1], quality=80)
-        limit = "no threshold" if v.threshold is None else f"threshold {v.threshold:.4g}"
-        text = f"{v.word}, score {v.score:.4g}, {limit}"
+        text = f"{v.word}, score {v.score:.4g}"
+        if v.threshold is not None and v.threshold > 0:
+            text += f", {v.ratio:.2f} x the threshold"
+        if self.several:
+            text += f", as {printable(v.kind)}"
         tags = (v.word, "doubtful") if v.doubtful else (v.word,)
-        self.rows.append(Row(printable(file), *addresses, v.ratio, f"{text}, {v.kind}", tags))
+        self.rows.append(Row(printable(file), *addresses, v.ratio, text, tags))
 
     def close(self, facts):
-        """Write the page, and let RUN/judged.html lead to the latest one."""
+        """Write the page. facts: lines for its top."""
         self.stream.close()
-        if self.folder is None:
+        if self.folder is None or not self.pictures:
             return
         title = f"{len(self.rows):,} photos, judged {time.strftime('%Y-%m-%d %H:%M')}"
         write_page(self.folder / "judged.html", title, facts, self.rows)
@@ -310,6 +314,7 @@ class Seen:
 
     def __init__(self):
         self.normal = self.anomalous = self.doubtful = 0
+        self.interrupted = False
         self.unreadable, self.no_verdict, self.other_shape = [], [], []
         self.appearances = {}                               # kind: a list of (6,)
 
@@ -329,14 +334,15 @@ class Seen:
         looks.append(appearance(photo.pixels[None])[0])
 
     def status(self):
+        if self.interrupted:
+            return 130
         if self.unreadable or self.no_verdict:
             return NO_VERDICT
         return ANOMALOUS if self.anomalous else NORMAL
 
 
-def judge_files(judge, files, report, show_all=False):
-    """Judge files one by one -> Seen. A line is printed for each that is anomalous."""
-    seen = Seen()
+def judge_files(judge, files, report, seen, show_all=False):
+    """Judge files one by one, into a Report and Seen. Each that is anomalous gets a line."""
     batches = [files[start:start + 8] for start in range(0, len(files), 8)]
     for batch in with_progress(batches, "judged", len(files)):
         readable, photos = [], []
@@ -355,7 +361,6 @@ def judge_files(judge, files, report, show_all=False):
             report.add(file, photo, verdict)
             if show_all or verdict.anomalous is not False:
                 print(line_of(verdict, len(judge.kinds) > 1))
-    return seen
 
 
 def line_of(verdict, several):
@@ -465,17 +470,21 @@ def run_command(args):
         facts.append(f"{printable(kind)}: {judge.promise(kind)}")
     print("\n".join(facts))
     folder = new_folder(args.run, args.out)
-    report, seen = Report(folder, args.run, args.page), None
+    report, seen = Report(folder, args.page, len(judge.kinds) > 1), Seen()
     try:
-        seen = judge_files(judge, files, report, args.all)
-        facts = summary(judge, seen) + facts
-    finally:                                                # after Ctrl-C what was judged stays
-        report.close(facts)
-    print("\n" + "\n".join(summary(judge, seen)))
+        judge_files(judge, files, report, seen, args.all)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted, {len(files):,} were to be judged")
+        seen.interrupted = True
+    finally:                                                # what was judged stays, whatever comes
+        lines = summary(judge, seen)
+        report.close(lines + facts)
+    print("\n" + "\n".join(lines))
     if folder:
         print(f"table: {printable(folder / 'judged.csv')}")
-        print(f"page:  {printable(folder / 'judged.html')}   (open it in a browser)")
-        latest(folder, args.run)
+        if args.page:
+            print(f"page:  {printable(folder / 'judged.html')}   (open it in a browser)")
+            latest(folder, args.run)
     return seen.status()
 
 

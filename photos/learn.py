@@ -185,7 +185,8 @@ def add_turned_copies(c, data):
             copy_of += members * (TURNS - 1)
     if not copies:
         return data
-    return data._replace(copies=torch.cat(copies), copy_of=torch.tensor(copy_of))
+    return data._replace(copies=torch.cat(copies), copy_of=torch.tensor(copy_of),
+                         copy_in_bank=torch.ones(len(copy_of), dtype=torch.bool))
 
 
 def turned_copies(images):
@@ -367,7 +368,7 @@ def table_of_found(state, model, data, inputs):
         for fpr in RATES:
             if fpr * (calibration.images[kind] + 1) < 1:
                 continue                                    # cannot be promised
-            limit = ev.threshold_of(kind, calibration.scores, c["score"], fpr)
+            limit = ev.threshold_of(kind, calibration, c["score"], fpr)
             good, bad = own[labels == 0] > limit, own[labels == 1] > limit
             lines.append(f"  {percent(fpr):>9}{limit:>12.4g}{f'{int(good.sum())} of {len(good)}':>15}"
                          f"{f'{int(bad.sum())} of {len(bad)}':>13}")

@@ -15,7 +15,7 @@ from PIL import Image
 
 class Row(NamedTuple):
     """One photo on a page."""
-    name: str
+    name: str                       # its file
     photo: str                      # the address of its picture, or "" without one
     heat: str                       # the same with the heat map laid over
     ratio: float                    # the score in thresholds; rows are sorted by it
@@ -29,13 +29,13 @@ TAGS = ("anomalous", "doubtful", "normal", "unreadable", "unusual", "all")
 def lay_over(picture, heat):
     """A picture (Pillow) under its heat map (H, W), in which 1 is the threshold.
 
-    The colors go from 0, which is clear, to 2, which hides the picture nearly.
+    The colors go from 0, which is clear, to 2, through which the picture is still seen.
     """
     shape = picture.size
     heat = Image.fromarray(np.asarray(heat, np.float32)).resize(shape, Image.Resampling.BILINEAR)
     heat = (np.asarray(heat) / 2).clip(0, 1)                        # (H, W)
     colors = colormaps["inferno"](heat)[..., :3] * 255              # (H, W, 3)
-    opacity = 0.85 * (heat[..., None] * 1.6 - 0.2).clip(0, 1)
+    opacity = 0.7 * (heat[..., None] * 1.6 - 0.2).clip(0, 1)
     mixed = (1 - opacity) * np.asarray(picture.convert("RGB")) + opacity * colors
     return Image.fromarray(mixed.round().astype(np.uint8))
 
@@ -69,7 +69,8 @@ figure[hidden] { display: none }
 .both img { position: absolute; width: 100%; height: 100%; object-fit: contain }
 .both:hover .heat { opacity: 0 }
 figcaption { padding: .5em .7em .6em; overflow-wrap: anywhere; font-size: .87em }
-figcaption b { display: block; font-weight: 600 }
+figcaption b, figcaption small { display: block }
+figcaption small { color: #777 }
 .scale { display: inline-block; width: 150px; height: 11px; vertical-align: -1px;
          margin: 0 .4em; background: linear-gradient(90deg, SCALE) }
 """
@@ -127,6 +128,7 @@ def figure(row):
         address = getattr(row, kind)
         if address:
             pictures += f'<img class="{kind}" src="{html.escape(address)}" loading="lazy" alt="">'
+    folder, _, name = row.name.rpartition("/")
     return (f'<figure class="{" ".join(row.tags)}"><div class="both">{pictures}</div>'
-            f"<figcaption><b>{html.escape(row.name)}</b>{html.escape(row.text)}"
-            "</figcaption></figure>\n")
+            f"<figcaption><b>{html.escape(name)}</b>{html.escape(row.text)}"
+            f"<small>{html.escape(folder)}</small></figcaption></figure>\n")

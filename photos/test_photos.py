@@ -1,0 +1,677 @@
+"""Each claim that photos/ makes, as a test whose name is the claim.
+
+    python -m pytest photos
+"""
+import contextlib
+import csv
+import io
+import itertools
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data
+import evaluate as ev
+import train
+from photos import images, judge, learn, page
+from photos.images import read_folder, read_photo, turned
+from photos.judge import Judge
+
+SMALL = dict(backbone="resnet18", backbone_weights="random", strides=(8, 16), grid_stride=8,
+             bank_images=10 ** 6, coreset=1.0, image_size=64)
+
+
+@pytest.fixture(autouse=True)
+def small_and_in_an_empty_folder(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(learn, "NEAREST", SMALL)
+
+
+def said(work, *arguments, **options):
+    """A call's result, and what it printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        return work(*arguments, **options), out.getvalue()
+
+
+def call(main, command, status=0):
+    """Run a command's main(argv) in this process, check its exit status -> what it printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        with pytest.raises(SystemExit) as stop:
+            main(shlex.split(command))
+    assert stop.value.code == status, f"{command}\n{out.getvalue()}"
+    return out.getvalue()
+
+
+def refused(words, work, *arguments, **options):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        work(*arguments, **options)
+
+
+def part(seed, defect=False, shape=(64, 64), color=70):
+    """A photo of a part: a bright square with some noise; with a defect, a spot on it."""
+    draw = np.random.default_rng(seed)
+    pixels = draw.normal(90, 6, (shape[1], shape[0], 3))
+    pixels[16:48, 16:48, 0] += color
+    if defect:
+        pixels[40:48, 40:48] = 250
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def save(image, path, **options):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def make_photos(folder="good", count=24, start=0, **how):
+    for i in range(start, start + count):
+        save(part(i, **how), f"{folder}/{i:03}.png")
+
+
+def make_set(*kinds, root="set"):
+    """Kinds in MVTec AD's layout, with four good and four defective photos to test by."""
+    for number, kind in enumerate(kinds):
+        for place, first, count in (("train/good", 0, 20), ("test/good", 20, 4),
+                                    ("test/hole", 24, 4)):
+            for i in range(count):
+                seed = 100 * number + first + i
+                image = part(seed, "hole" in place, color=70 - 60 * number)
+                save(image, f"{root}/{kind}/{place}/{i:03}.png")
+                if "hole" in place:
+                    mask = np.zeros((64, 64), np.uint8)
+                    mask[40:48, 40:48] = 255
+                    save(Image.fromarray(mask), f"{root}/{kind}/ground_truth/hole/{i:03}_mask.png")
+    return Path(root)
+
+
+def table_of(text):
+    """The rows of the judged.csv that a command has named, and its folder."""
+    path = Path(re.search("table: (.*)", text)[1])
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream)), path.parent
+
+
+# ---- one photo ----
+
+def test_every_kind_of_image_becomes_three_channels_of_eight_bits():
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image, ink, black = (Image.fromarray(x) for x in (gray, 255 - gray, 0 * gray))
+    for name in ("L.png", "L.gif", "L.tif", "line\nbreak $x$.png", "\udcff.bmp"):
+        image.save(name)
+    for top, kind in ((1, "float32"), (255, "int32"), (255, "float32"), (1023, "uint16"),
+                      (4095, "uint16"), (65535, "uint16")):         # 10, 12 bits in files of 16
+        scaled = gray * (top / 255) if top == 1 else (gray * (top / 255)).round()
+        Image.fromarray(scaled.astype(kind)).save(f"{top} {kind}.tif")
+    image.convert("P").save("P.bmp")
+    Image.merge("CMYK", [ink, ink, ink, black]).save("CMYK.tif")
+    Image.merge("RGBA", [black, black, black, ink]).save("RGBA.tiff")   # transparent is white
+    image.transpose(Image.Transpose.ROTATE_90).save("turned.tif", tiffinfo={0x0112: 6})
+    expected = torch.tensor(gray).expand(3, -1, -1)
+    for source in (*Path().iterdir(), image, gray, np.stack([gray] * 3, 2)):
+        assert torch.equal(read_photo(source, 16).pixels, expected), source
+    assert read_photo("4095 uint16.tif", 16, 65535).pixels.max() == round(4095 / 65535 * 255)
+
+
+def test_photos_of_16_bits_share_one_scale_which_the_run_keeps_for_new_ones():
+    for i in range(22):
+        pixels = np.asarray(part(i).convert("L")).astype(np.uint16) * 16      # 12 bits
+        save(Image.fromarray(pixels), f"good/{i}.tif")
+    call(learn.main, "good --model pca")
+    assert ev.load_run("runs/good")[0]["config"]["white"] == 4095
+    dim = Image.fromarray(np.asarray(part(0).convert("L")).astype(np.uint16))
+    assert Judge("runs/good").read(dim).pixels.max() < 20           # not brought to full scale
+    assert [images.find_white(x) for x in (0, 1.04, 255, 256, 65535)] == [
+        None, 1.0, 255.0, 1023.0, 65535.0]
+
+
+def test_transparent_parts_are_white_whatever_color_is_hidden_under_them():
+    alpha = Image.fromarray(np.repeat(np.uint8([[255], [0]]), 32, 0).repeat(64, 1))
+    read = []
+    for color in ("black", "lime"):
+        image = part(1)
+        image.paste(color, (0, 32, 64, 64))
+        image.putalpha(alpha)
+        image.save(f"{color}.png")
+        read.append(read_photo(f"{color}.png", 64).pixels)
+    assert torch.equal(*read) and (read[0][:, 32:] == 255).all()
+
+
+def test_what_cannot_be_read_is_refused_by_name(monkeypatch):
+    good, expected = Image.new("L", (8, 8), 9), {"no.png": "No such", "pages.tif": "2 pages"}
+    good.save("good.png")
+    Path("cut.png").write_bytes(Path("good.png").read_bytes()[:45])
+    good.save("pages.tif", save_all=True, append_images=[good])
+    for value in (math.nan, math.inf, -1):
+        Image.fromarray(np.full((8, 8), value, np.float32)).save(f"{value}.tif")
+        expected[f"{value}.tif"] = "negative or infinite"
+    Path("phone.heic").write_bytes(b"none")
+    expected["phone.heic"] = "" if images.pillow_heif else "pip install pillow-heif"
+    for name, words in (expected | {"cut.png": ""}).items():
+        refused(f"{name} cannot be read.*{words}", read_photo, name, 8)
+    refused("expected .height, width, 3. uint8", read_photo, np.zeros((8, 8, 3)), 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)              # twice as many are refused
+    refused("good.png cannot be read.*decompression bomb", read_photo, "good.png", 8)
+
+
+def test_whatever_pillow_reads_is_found_in_a_folder():
+    kinds = {".jpe": "JPEG", ".pnm": "PPM", ".mpo": "MPO", ".jp2": "JPEG2000", ".webp": "WEBP",
+             ".PNG": "PNG"} | ({".avif": "AVIF"} if features.check("avif") else {})
+    for i, (suffix, form) in enumerate(kinds.items()):
+        save(part(i), f"good/{i}{suffix}", format=form)
+    Path("good/notes.txt").touch()
+    found, text = said(read_folder, "good", 16)
+    assert len(found.files) == len(kinds) and "1 file is no image, and is passed over" in text
+    assert ".heic" in images.SUFFIXES
+
+
+def test_a_quarter_turn_is_exact_and_any_turn_is_mirrored_at_the_borders_without_black_corners():
+    x = torch.randint(1, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(turned(x, math.pi / 2), x.rot90(1, (2, 3)))
+    assert torch.equal(turned(x, math.pi), x.flip(2, 3)) and torch.equal(turned(x, 0.0), x)
+    assert (turned(torch.full_like(x, 200), math.pi / 4) == 200).all()
+
+
+# ---- a folder ----
+
+def test_folders_keep_kinds_pair_masks_and_name_what_they_pass_over():
+    bolt = make_set("bolt", "nut 3") / "bolt"
+    (bolt / "test/hole/notes.txt").touch()
+    (bolt / "test/hole/003.png").rename(bolt / "test/hole/9.png")
+    (bolt / "train/good/camera 2").mkdir()
+    part(99).save(bolt / "train/good/camera 2/000.png")
+    found, text = said(read_folder, "set", 16)
+    d = found.data
+    assert d.train.shape == (40, 3, 16, 16) and d.train_classes == ["bolt"] * 20 + ["nut 3"] * 20
+    assert d.labels.tolist() == ([0] * 4 + [1] * 4) * 2 and d.categories[7:9] == ["bolt", "nut 3"]
+    expected = torch.zeros(16, 16, 16, dtype=torch.bool)
+    expected[[4, 5, 6, 12, 13, 14, 15], 10:12, 10:12] = True
+    assert torch.equal(d.masks, expected)
+    for words in ("1 file is no image.*notes.txt", "1 image lies elsewhere.*camera 2/000.png",
+                  "1 defect has no mask.*hole/9.png", "1 mask matches no.*hole/003_mask.png"):
+        assert re.search(words, text), (words, text)
+
+
+def test_good_photos_are_found_under_their_other_names_and_what_is_ambiguous_is_refused():
+    root = make_set("bolt") / "bolt"
+    for old, new in itertools.pairwise(("good", "Good", "OK", "normal")):
+        for place in ("train", "test"):
+            (root / place / old).rename(root / place / new)
+        d = read_folder(root, 8).data
+        assert d.labels.tolist() == [0] * 4 + [1] * 4 and len(d.train) == 20
+    d = read_folder(root / "train/normal", 8).data                  # photos alone: good ones
+    assert d.train_classes == ["normal"] * 20 and d.test.shape == (0, 3, 8, 8) and d.masks is None
+    shutil.copytree(root / "train/normal", root / "train/good")
+    refused("which holds the good ones", read_folder, "set", 8)
+    Path("none/deep").mkdir(parents=True)
+    refused("no photos of good parts in none, expected(.*\n)*found there: deep", read_folder,
+            "none", 8)
+
+
+def test_copies_unreadable_photos_and_photos_both_learned_and_tested_are_named_and_left_out():
+    root = make_set("bolt") / "bolt"
+    for i in range(4):
+        (root / f"train/good/empty{i}.png").touch()
+    shutil.copy(root / "train/good/003.png", root / "train/good/copy.png")
+    shutil.copy(root / "train/good/004.png", root / "test/good/learned.png")
+    found, text = said(read_folder, "set", 64)
+    assert len(found.data.train) == 20 and len(found.data.test) == 8
+    assert len(found.unreadable) == 4 and "bolt/train/good/000.png" in found.files
+    for words in ("4 photos cannot be read.*empty0.png, .*empty3.png", "1 photo is an exact copy.*",
+                  "1 photo to test by is learned, too.*learned.png"):
+        assert re.search(words, text), (words, text)
+
+
+def mask_of(masks, size=16):
+    """What `read_folder` makes of the masks {place: Pillow image} of the only test photo."""
+    shutil.rmtree("set", ignore_errors=True)
+    save(Image.new("L", (32, 32), 9), "set/train/good/0.png")
+    for place, image in {"test/hole/0.png": Image.new("L", (32, 32)), **masks}.items():
+        save(image, f"set/{place}", quality=90)
+    found, text = said(read_folder, "set", size)
+    return found.data.masks[0], text
+
+
+def test_a_mask_marks_by_any_color_but_black_whatever_its_form_its_name_and_its_place():
+    bar = np.zeros((32, 32), np.uint8)
+    bar[4:12, 8:20] = np.arange(1, 97).reshape(8, 12)               # many values, the lowest 1
+    odd, even = (Image.fromarray(np.where(bar % 2 == k, bar, 0)) for k in (1, 0))
+    sharp, palette = (Image.fromarray((bar > 0) * np.uint8(value)) for value in (255, 1))
+    palette.putpalette([0, 0, 0, 0, 0, 1])
+    forms = [Image.fromarray(bar.astype(kind)) for kind in "?BHif"]
+    forms += [palette, Image.merge("LA", [Image.new("L", (32, 32), 255), sharp])]
+    found = [mask_of({"masks/hole/0.tif": form})[0] for form in forms]
+    found += [mask_of({place: sharp})[0] for place in (
+        "masks/hole/0.PNG", "GT/Hole/0/1.tif", "gt/hole/0.jpg", "mask/hole/0-label.png")]
+    found.append(mask_of({"gt/hole/0/a.png": odd, "gt/hole/0/b.png": even})[0])     # MVTec LOCO
+    for number, mask in enumerate(found):
+        assert torch.equal(mask, torch.tensor(bar[::2, ::2] > 0)), number
+    mask, text = mask_of({"gt/hole/0.png": Image.new("L", (5, 7))})
+    assert not mask.any() and "0.png: the mask has 5 x 7 pixels, and its photo 32 x 32" in text
+
+
+def test_a_mask_lies_where_its_turned_photo_shows_the_defect_and_a_thin_one_does_not_vanish():
+    view, mask = np.full((64, 64, 3), 110, np.uint8), np.zeros((64, 64), np.uint8)
+    view[4:12, 30:60], mask[4:12, 30:60] = 255, 255                 # as a person sees it
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                # stored turned by 90 degrees
+    stored = Image.fromarray(view).transpose(Image.Transpose.ROTATE_90)
+    save(part(0), "set/train/good/0.png")
+    save(stored, "set/test/hole/p.jpg", exif=exif, quality=98)
+    save(Image.fromarray(mask), "set/ground_truth/hole/p_mask.png")
+    d = read_folder("set", 64).data
+    assert torch.equal(d.test[0].float().mean(0) > 180, d.masks[0])
+    thin = np.zeros((1024, 1024), np.uint8)
+    thin[513:516, 100:900] = 255
+    save(Image.fromarray(thin), "set/test/hole/p.png")
+    Path("set/test/hole/p.jpg").unlink()
+    save(Image.fromarray(thin), "set/ground_truth/hole/p_mask.png")
+    assert read_folder("set", 128).data.masks[0].any()
+
+
+# ---- doubts ----
+
+def test_near_copies_are_photos_far_closer_than_is_usual_and_exposure_does_not_matter():
+    def shot(number, exposure=1.0):
+        draw = np.random.default_rng(number)
+        pixels = np.repeat(np.repeat(draw.uniform(60, 180, (8, 8, 3)), 8, 0), 8, 1) * exposure
+        return torch.from_numpy(pixels + np.random.default_rng().normal(0, 1, (64, 64, 3)))
+    several = torch.stack([shot(i) for i in range(12)]).permute(0, 3, 1, 2).byte()
+    assert len(set(images.near_copies(several))) == 12
+    bursts = torch.stack([shot(i // 4, 1 + i % 4 / 20) for i in range(12)])
+    groups = images.near_copies(bursts.permute(0, 3, 1, 2).byte())
+    assert [groups[i] == groups[j] for i in range(12) for j in range(12)] == [
+        i // 4 == j // 4 for i in range(12) for j in range(12)]
+
+
+def test_learning_says_that_photos_are_a_burst_or_have_several_shapes():
+    for number in range(24):
+        save(part(number // 8).point(lambda v: v + number % 8 // 3), f"burst/{number}.png")
+        save(part(number, shape=(96, 64) if number % 2 else (64, 96)), f"mixed/{number}.png")
+    make_photos("plain")
+    text = call(learn.main, "burst --model pca")
+    assert "near-copies of others" in text and "about 3 different parts" in text
+    text = call(learn.main, "mixed --model pca")
+    assert "several shapes (12 of 64 x 96, 12 of 96 x 64 pixels)" in text
+    assert "WARNING" not in call(learn.main, "plain --model pca")
+
+
+def test_judging_names_photos_of_another_shape_and_says_how_all_differ():
+    make_photos(count=24)
+    make_photos("new", 3, start=100, shape=(64, 96))
+    make_photos("same", 6, start=200)
+    for i in range(6):
+        save(part(300 + i).point(lambda v: v * 0.6), f"dark/{i}.png")
+    call(learn.main, "good --model pca")
+    words = "3 have another shape than the photos learned (64 x 96 pixels, learned 64 x 64)"
+    assert words in call(judge.main, "runs/good new", 10)
+    assert "as a whole the photos are darker" in call(judge.main, "runs/good dark", 10)
+    assert "as a whole" not in said(judge.run_command, judge.parser().parse_args(
+        ["runs/good", "same"]))[1]
+
+
+def test_a_measure_of_appearance_moves_with_what_it_is_named_for():
+    x = torch.stack([torch.from_numpy(np.asarray(part(i)).copy()) for i in range(8)])
+    x = x.permute(0, 3, 1, 2)
+    usual = images.appearance(x)
+    red = x.clone()
+    red[:, 0] += 30
+    blurred = torch.nn.functional.avg_pool2d(x.float(), 5, 1, 2, count_include_pad=False)
+    for other, words in ((x // 2, "darker"), (x + 40, "brighter"), (red, "redder"),
+                         (blurred, "blurrier"), (x.roll(9, 3), "shifted to the right"),
+                         (x.roll(-9, 2), "shifted up"), (x, None)):
+        found = images.how_they_differ(images.appearance(other), usual)
+        assert words in found if words else not found, (words, found)
+
+
+def test_a_photo_among_the_good_ones_that_shows_a_defect_is_pointed_at():
+    make_photos(count=24)
+    save(part(7000, defect=True), "good/bad.png")
+    text = call(learn.main, "good")
+    found = re.search(r"LOOK: bad.png fit.*about (\S+) instead of (\S+)\.\n", text)
+    assert float(found[1]) < float(found[2])
+    html = Path("runs/good/learned.html").read_text()
+    assert html.index("<b>bad.png</b>") < html.index("<b>000.png</b>")
+    state = ev.load_run("runs/good")[0]
+    scores = learn.scores_of(state)
+    rest = [s for i, s in scores.items() if state["photos"]["files"][i] != "bad.png"]
+    assert f"{ev.threshold(rest):.4g}" == found[1]
+
+
+# ---- learning ----
+
+def test_turned_copies_are_learned_where_parts_lie_anyhow_alone():
+    ramp = np.arange(64.0)[:, None] * 4
+    for i in range(20):
+        pixels = np.random.default_rng(i).uniform(0, 8, (64, 64)) + np.where(ramp.T > 128, ramp, 0)
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        save(image, f"set/alike/train/good/{i}.png")
+        save(image.rotate(i * 45), f"set/anyhow/train/good/{i}.png")
+    text = call(learn.main, "set")
+    assert "anyhow: parts lie anyhow" in text and "alike: parts lie" not in text
+    d = learn.add_turned_copies(ev.load_run("runs/set")[0]["config"], read_folder("set", 64).data)
+    assert {d.train_categories[i] for i in d.copy_of} == {"anyhow"} and len(d.copies) == 7 * 20
+    for turn in range(1, 8):
+        copies = d.copies[20 * (turn - 1):20 * turn]
+        assert torch.equal(copies, turned(d.train[20:], math.pi * turn / 4))
+        assert d.copy_of[20 * (turn - 1):20 * turn].tolist() == list(range(20, 40))
+
+
+def test_the_fall_by_turned_copies_is_that_of_the_squared_distance_to_the_three_nearest_tokens():
+    torch.manual_seed(0)
+    photos, copies = torch.randn(4, 5, 3, 3), torch.randn(8, 5, 3, 3)
+    errors = []
+    for with_copies in (False, True):
+        squares = []
+        for i in range(4):
+            others = [photos[j] for j in range(4) if j != i]
+            others += [copies[j] for j in range(8) if j % 4 != i] if with_copies else []
+            bank = torch.stack(others).movedim(1, -1).flatten(0, 2)
+            for token in photos[i].flatten(1).T:
+                nearest = bank[(bank - token).norm(dim=1).topk(3, largest=False).indices]
+                squares.append((nearest.mean(0) - token).square().sum())
+        errors.append(torch.stack(squares).mean())
+    expected = 1 - errors[1] / errors[0]
+    torch.testing.assert_close(torch.tensor(learn.fall_by_turning(photos, copies)), expected)
+
+
+@pytest.mark.parametrize("count", (2, 5, 19))
+def test_of_few_photos_it_is_said_what_their_threshold_can_promise(count):
+    make_photos(count=count)
+    text = call(learn.main, "good")
+    if count == 19:
+        assert "About 5 % of new good parts will exceed it" in text
+    else:
+        assert f"up to {100 / (count + 1):.2g} % of new good parts may exceed it" in text
+        assert "at least 19 photos are needed" in text
+    assert f"by {count} good photos" in said(judge.run_command, judge.parser().parse_args(
+        ["runs/good", "good"]))[1]
+
+
+def test_learning_again_takes_in_new_photos_and_says_what_has_changed():
+    make_photos(count=20)
+    call(learn.main, "good")
+    stamp = learn.stamp_of(Path("runs/good"))
+    assert "Nothing is new" in call(learn.main, "good")
+    assert learn.stamp_of(Path("runs/good")) == stamp
+    make_photos(count=3, start=50)
+    Path("good/001.png").unlink()
+    text = call(learn.main, "good")
+    assert "3 photos are new (050.png, 051.png, 052.png), 1 are gone (001.png)" in text
+    assert re.search(r"The threshold of good was \S+ and is \S+ now", text)
+    assert learn.stamp_of(Path("runs/good")) != stamp
+    call(learn.main, "good --again")
+
+
+def test_a_run_is_replaced_when_the_new_one_is_complete_and_by_one_learning_only(monkeypatch):
+    make_photos()
+    call(learn.main, "good --model pca")
+    before = Path("runs/good/model.pt").read_bytes()
+    Path("runs/good/mine.txt").touch()
+
+    def run(config, **options):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run", run)
+        assert "nothing was replaced" in call(learn.main, "good --model pca --again", 130)
+    assert Path("runs/good/model.pt").read_bytes() == before
+    assert sorted(os.listdir("runs/good")) == ["learned.html", "mine.txt", "model.pt", "run.json"]
+
+    original, others = train.run, []
+
+    def run_with_another(config, **options):
+        if not others:                                      # another learning begins and ends first
+            others.append(True)
+            call(learn.main, "good --model pca --again")
+        return original(config, **options)
+    monkeypatch.setattr(train, "run", run_with_another)
+    assert "another learning has written" in call(learn.main, "good --model pca --again", 2)
+    ev.load_run("runs/good")
+    assert not list(Path("runs/good").glob(".learning*"))
+
+
+def test_any_model_learns_photos_and_a_run_of_train_py_is_not_replaced():
+    make_photos(count=30)
+    for model in ("pca", "mlp"):
+        text = call(learn.main, f"good --model {model} --out {model} --backbone resnet18" if
+                    model == "mlp" else f"good --model {model} --out {model}",
+                    2 if model == "mlp" and not has_weights() else 0)
+    call(train.main, "--model pca --out digits")
+    assert "holds a run of train.py" in call(learn.main, "good --model pca --out digits", 2)
+
+
+def has_weights():
+    """Whether torchvision has ResNet-18's weights here."""
+    try:
+        import torchvision
+        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+    except Exception:
+        return False
+    return True
+
+
+# ---- judging ----
+
+def test_a_verdict_is_the_model_s_score_by_the_run_s_threshold_and_all_doors_agree():
+    make_photos()
+    call(learn.main, "good")
+    state, model = ev.load_run("runs/good")
+    c, calibration = state["config"], ev.Calibration(**state["calibration"])
+    backbone = ev.open_backbone(c, state=state)
+    ours = Judge("runs/good")
+    for seed, defect in ((500, False), (501, True)):
+        image = part(seed, defect)
+        image.save("new.png")
+        pixels = read_photo("new.png", 64).pixels[None]
+        errors = ev.error_maps(model, backbone(data.to_float(pixels)), lambda x: x)
+        above = ev.standardize(errors, calibration.statistics["good"])
+        score = float(above.flatten().topk(max(1, round(0.025 * above[0].numel()))).values.mean())
+        verdicts = [ours("new.png"), ours(Path("new.png")), ours(image), ours(np.asarray(image)),
+                    ours([image, image])[1]]
+        for verdict in verdicts:
+            assert verdict.score == pytest.approx(score, rel=1e-4)
+            assert verdict.threshold == calibration.thresholds["good"] and verdict.kind == "good"
+            assert verdict.anomalous == (score > verdict.threshold) == defect
+            whole = ev.heat_maps(above, 64)[0].numpy()
+            np.testing.assert_allclose(verdict.heat_map * verdict.threshold, whole, rtol=1e-3,
+                                       atol=1e-3)
+            row, column = np.unravel_index(whole.argmax(), whole.shape)
+            assert (verdict.peak_x, verdict.peak_y) == ((column + 0.5) / 64, (row + 0.5) / 64)
+
+
+def test_the_exit_status_is_0_normal_10_anomalous_2_without_a_verdict_and_never_that_of_a_crash():
+    make_photos()
+    save(part(500, defect=True), "new/bad.png")
+    Path("empty.png").touch()
+    call(learn.main, "good --model pca --false-alarms .1")
+    text = call(judge.main, "runs/good good/000.png good/001.png --threshold 1e9", 0)
+    assert "2 photos: 0 anomalous, 2 normal" in text and "anomalous  " not in text
+    assert "anomalous  new/bad.png" in call(judge.main, "runs/good good/000.png new", 10)
+    text = call(judge.main, "runs/good new/bad.png empty.png good/000.png --threshold 1e9 --all", 2)
+    assert text.count("normal     ") == 2 and "empty.png cannot be read" in text
+    assert "1 could not be read" in text
+    rows = table_of(text)[0]
+    assert [row["verdict"] for row in rows] == ["normal", "not read", "normal"]
+    call(judge.main, "nowhere good", 2)
+    call(judge.main, "runs/good", 2)
+    assert "no images" in call(judge.main, "runs/good runs", 2)
+    broken = Path("broken/torch/__init__.py")
+    broken.parent.mkdir(parents=True)
+    broken.write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
+    done = subprocess.run([sys.executable, ROOT / "photos/judge.py", "runs/good", "good"],
+                          env={**os.environ, "PYTHONPATH": "broken"}, capture_output=True)
+    assert done.returncode not in (judge.NORMAL, judge.ANOMALOUS, judge.NO_VERDICT)
+
+
+def test_the_threshold_is_the_user_s_without_learning_again():
+    make_photos(count=30)
+    call(learn.main, "good")
+    scores = ev.load_run("runs/good")[0]["calibration"]["scores"]["good"]
+    assert len(scores) == 30
+    for fpr in (0.05, 0.2, 0.5):
+        ours = Judge("runs/good", false_alarms=fpr)
+        assert ours.thresholds["good"] == ev.threshold(scores, fpr)
+        assert f"About {100 * fpr:.2g} % of new good parts" in ours.promise("good")
+    assert "too few to promise 1 %: up to 3.2 %" in Judge("runs/good", false_alarms=0.01).promise(
+        "good")
+    middle = float(scores.median())
+    assert Judge("runs/good", threshold=middle).thresholds["good"] == middle
+    text = call(judge.main, f"runs/good good/000.png --threshold {middle - 1e9}", 10)
+    assert "30 of the 30 good photos" in text
+    assert "false alarms 7" in call(judge.main, "runs/good good --false-alarms 7", 2)
+
+
+def test_learning_prints_what_each_threshold_would_find_of_the_defects():
+    make_set("bolt")
+    text = call(learn.main, "set")
+    state = ev.load_run("runs/set")[0]
+    ours = Judge("runs/set")
+    good, bad = ([v.score for v in ours(sorted(Path(f"set/bolt/test/{kind}").iterdir()))]
+                 for kind in ("good", "hole"))
+    for fpr in (0.2, 0.1, 0.05):
+        limit = ev.threshold(state["calibration"]["scores"]["bolt"], fpr)
+        row = [f"{100 * fpr:.2g} %", f"{limit:.4g}", f"{sum(s > limit for s in good)} of 4",
+               f"{sum(s > limit for s in bad)} of 4"]
+        assert re.search(" +".join(map(re.escape, row)), text), (row, text)
+    assert not re.search(r"\n +1 %", text)                          # 20 photos cannot promise it
+
+
+def test_a_kind_that_is_not_given_is_told_from_the_photo_even_where_a_defect_fits_another_better():
+    make_set("bolt", "nut 3")
+    text = call(learn.main, "set")
+    assert "rightly for 40 of 40" in text
+    ours = Judge("runs/set")
+    for kind in ("bolt", "nut 3"):
+        verdicts = ours(sorted(Path(f"set/{kind}/test").glob("*/*.png")))
+        assert [v.kind for v in verdicts] == [kind] * 8
+    image = "set/bolt/test/good/000.png"
+    assert ours(image, kind="nut 3").kind == Judge("runs/set", kind="nut 3")(image).kind == "nut 3"
+    assert "learned bolt, nut 3" in call(judge.main, f"runs/set {image} --kind nut", 2)
+    assert "as nut 3" in call(judge.main, f"runs/set {image} --kind 'nut 3'", 10)
+
+
+def test_the_peak_lies_at_what_made_a_photo_anomalous_not_where_parts_differ_anyhow():
+    def photo(seed, defect):
+        draw = np.random.default_rng(seed)
+        pixels = np.full((64, 64, 3), 90.0)
+        pixels[:24, :24] = draw.uniform(0, 255, (24, 24, 1))        # another number on each part
+        pixels += draw.normal(0, 2, pixels.shape)
+        if defect:
+            pixels[44:50, 44:50] += 60
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    for i in range(40):
+        save(photo(i, False), f"good/{i}.png")
+    for model in ("pca", "nearest"):
+        call(learn.main, f"good --out {model} --model {model}")
+        for verdict in Judge(model)([photo(500 + i, True) for i in range(4)]):
+            assert verdict.anomalous
+            assert abs(verdict.peak_x - 0.73) < 0.2 and abs(verdict.peak_y - 0.73) < 0.2
+
+
+def test_a_call_leaves_a_folder_of_its_own_and_its_pictures_are_no_input():
+    make_photos(count=22)
+    make_photos("new", 3)
+    call(learn.main, "good --model pca --out new/run")
+    for i in range(2):
+        save(part(i), f"new/run/judged/mine{i}.png")
+    texts = [said(judge.run_command, judge.parser().parse_args(["new/run", "new"]))[1]
+             for _ in range(2)]
+    folders = [table_of(text)[1] for text in texts]
+    assert folders[0] != folders[1]
+    for text, folder in zip(texts, folders):
+        assert "5 photos: " in text and len(table_of(text)[0]) == 5
+        assert len(list((folder / "pictures").iterdir())) == 10
+    assert "2 photos" in said(judge.run_command, judge.parser().parse_args(
+        ["new/run", "new/run/judged"]))[1]
+    assert sorted(path.name for path in Path("new/run/judged").glob("*.png")) == [
+        "mine0.png", "mine1.png"]
+    assert "is not empty" in call(judge.main, "new/run new --out new", 2)
+    said(judge.run_command, judge.parser().parse_args(["new/run", "new", "--out", "mine"]))
+    assert {"judged.csv", "judged.html", "pictures"} == {*os.listdir("mine")}
+    assert "mine/judged.html" in Path("new/run/judged.html").read_text()
+
+
+def test_a_run_that_cannot_be_written_is_judged_by_all_the_same(monkeypatch):
+    make_photos()
+    call(learn.main, "good --model pca")
+    mkdir = Path.mkdir
+
+    def refuse(path, *arguments, **options):
+        if "judged" in str(path):
+            raise PermissionError(f"read-only: {path}")
+        return mkdir(path, *arguments, **options)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    text = call(judge.main, "runs/good good/000.png --threshold 1e9 --all")
+    assert "no table and no page are written" in text and "normal     good/000.png" in text
+    call(judge.main, "runs/good good/000.png --threshold 1e9 --out elsewhere")
+
+
+def test_a_run_may_be_copied_and_one_of_train_py_judges_images_too():
+    make_photos()
+    call(learn.main, "good --model pca")
+    shutil.copytree("runs/good", "elsewhere")
+    assert Judge("elsewhere")("good/000.png").score == Judge("runs/good")("good/000.png").score
+    call(train.main, "--model pca --out digits")
+    verdict = Judge("digits")(np.zeros((8, 8), np.uint8))
+    assert verdict.kind == "0" and verdict.heat_map.shape == (32, 32)
+
+
+def test_names_in_any_script_are_learned_judged_and_shown():
+    for i, name in enumerate(("\u56fe\u50cf", "a\nb", "<b>&amp;", "\udcff")):
+        for j in range(5):
+            save(part(10 * i + j), f"\u56fe/{name}{j}.png")
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
+    for command in (["learn.py", "\u56fe", "--model", "pca"],
+                    ["judge.py", "runs/\u56fe", "\u56fe", "--all", "--threshold", "1e9"]):
+        done = subprocess.run([sys.executable, ROOT / "photos" / command[0], *command[1:]],
+                              env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    rows, folder = table_of(done.stdout.encode().decode("unicode_escape"))
+    assert len(rows) == 20
+    assert "&lt;b&gt;&amp;amp;0.png" in (folder / "judged.html").read_text(encoding="utf-8")
+
+
+# ---- the page ----
+
+def test_a_heat_map_is_clear_where_it_is_low_and_shows_the_photo_still_where_it_is_high():
+    picture = Image.new("RGB", (40, 20), (10, 200, 30))
+    same = np.asarray(page.lay_over(picture, np.zeros((8, 8))))
+    assert (same == (10, 200, 30)).all()
+    heat = np.zeros((8, 8))
+    heat[:, 4:] = 5
+    laid = np.asarray(page.lay_over(picture, heat))
+    assert laid.shape == (20, 40, 3) and (laid[:, :10] == (10, 200, 30)).all()
+    brightest = 0.3 * np.array((10, 200, 30)) + 0.7 * 255 * np.array((0.988, 0.998, 0.645))
+    assert np.abs(laid[:, -5:] - brightest).max() < 2
+
+
+def test_the_page_shows_the_worst_first_and_its_filter_works_in_a_browser():
+    rows = [page.Row(f"{i}.png", "", "", i / 2, f"score {i}",
+                     ("anomalous",) if i > 2 else ("normal", "doubtful") if i == 2 else ("normal",))
+            for i in range(6)]
+    page.write_page("page.html", "six", ["a < b"], rows)
+    text = Path("page.html").read_text()
+    places = [text.index(f"<b>{i}.png") for i in range(6)]
+    assert places == sorted(places, reverse=True) and "a &lt; b" in text
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    if browser is None:
+        pytest.skip("no browser is here to open the page with")
+    for name, shown in (("", 6), ("#anomalous", 3), ("#doubtful", 1), ("#normal", 3)):
+        dom = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+             f"file://{Path('page.html').resolve()}{name}"], capture_output=True, text=True).stdout
+        figures = re.findall("<figure [^>]*>", dom)
+        assert len(figures) == 6 and sum("hidden" not in figure for figure in figures) == shown
