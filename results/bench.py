@@ -1,4 +1,7 @@
-"""Speed, as ratios measured side by side in one process: python test_all.py --bench"""
+"""Speed, as ratios that are measured side by side in one process.
+
+    python test_all.py --bench
+"""
 import contextlib
 import functools
 import io
@@ -15,10 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import evaluate as ev
 import train
-import uniad
 from autoencoder import ConvAutoencoder
-from lamp_loss import Muon, ReconstructionLoss, draw_batches
-from uniad import Backbone, UniAD
+from lamp_loss import ReconstructionLoss
+from uniad import Attention, Backbone, UniAD
 
 
 def images(n, size, channels=1):
@@ -31,7 +33,10 @@ def quietly(work, *arguments, **options):
 
 
 def ratio(text, slow, fast):
-    """Median seconds of slow over those of fast, in turns; the first turn warms up."""
+    """Print the median seconds of slow over those of fast. They take turns.
+
+    The first turn of six warms up, and is left out.
+    """
     seconds = {slow: [], fast: []}
     for work in (slow, fast) * 6:
         start = time.perf_counter()
@@ -42,6 +47,7 @@ def ratio(text, slow, fast):
 
 
 def bare_loop(model, optim, batches, amp=False):
+    """What a training loop cannot do without."""
     model.train()
     for x in batches:
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
@@ -53,67 +59,98 @@ def bare_loop(model, optim, batches, amp=False):
 
 @torch.no_grad()
 def infer(model, batches, amp=False):
+    model.eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        return sum(float((model.eval()(x) - x).square().sum()) for x in batches)
+        return sum(float((model(x) - x).square().sum()) for x in batches)
+
+
+def adam(model, fused):
+    return torch.optim.Adam(model.parameters(), fused=fused)
+
+
+def usual_loader(x):
+    """A DataLoader of Pillow images with ToTensor, as most code has it."""
+    to_tensor = torchvision.transforms.functional.to_tensor
+    stored = [Image.fromarray(image[0].numpy()) for image in x]
+
+    def collate(batch):
+        return torch.stack([to_tensor(image) for image in batch])
+    return torch.utils.data.DataLoader(stored, 32, collate_fn=collate)
+
+
+def our_batches(x):
+    return [data.to_float(x[index]) for index in torch.randperm(len(x)).split(32)]
 
 
 def bench_autoencoder():
-    x, to_tensor = images(2048, 32), torchvision.transforms.functional.to_tensor
-    y, stored = data.to_float(x), [Image.fromarray(image[0].numpy()) for image in x]
-    loader = torch.utils.data.DataLoader(
-        stored, 32, collate_fn=lambda batch: torch.stack([to_tensor(image) for image in batch]))
-    usual, ours = ConvAutoencoder(), ConvAutoencoder().to(memory_format=torch.channels_last)
-    slow, fast = (torch.optim.Adam(model.parameters(), fused=model is ours)
-                  for model in (usual, ours))
-    fit = functools.partial(train.fit, ConvAutoencoder(), x, ReconstructionLoss(), epochs=1)
+    x = images(2048, 32)
+    y, loader = data.to_float(x), usual_loader(x)
+    usual = ConvAutoencoder()
+    ours = ConvAutoencoder().to(memory_format=torch.channels_last)
+    slow, fast = adam(usual, fused=False), adam(ours, fused=True)
+    criterion = ReconstructionLoss()
+    fit = functools.partial(train.fit, ConvAutoencoder(), x, criterion, epochs=1)
     ratio("2,048 images, bare loop on tensors / fit",
           lambda: bare_loop(ours, fast, y.split(32)), fit)
-    ratio("their batches alone, DataLoader with ToTensor / ours", lambda: list(loader), lambda: [
-        data.to_float(x[i]) for i in draw_batches(2048, 32, torch.Generator(), 1)])
+    ratio("their batches alone, DataLoader with ToTensor / ours",
+          lambda: list(loader), lambda: our_batches(x))
     ratio("training, usual (DataLoader, NCHW, Adam) / fit",
           lambda: bare_loop(usual, slow, loader), fit)
     ratio("a landscape's point on 1,024 images, DataLoader / in memory",
-          lambda: infer(usual, itertools.islice(loader, 32)), lambda: infer(ours, [y[:1024]]))
+          lambda: infer(usual, itertools.islice(loader, 32)),
+          lambda: infer(ours, [y[:1024]]))
 
 
 class AuthorsAttention(nn.MultiheadAttention):
-    """Their layer, restated: tokens first, a token's weights returned."""
+    """The layer of UniAD's authors, restated: tokens first, a token's weights returned."""
 
     def __init__(self, dim, heads, mask):
         super().__init__(dim, heads, 0.1)
         self.mask = mask
 
     def forward(self, q, k, v):
-        tokens_first = [x.transpose(0, 1) for x in (q.expand_as(k), k, v)]
-        return super().forward(*tokens_first, attn_mask=self.mask)[0].transpose(0, 1)
+        q, k, v = (x.transpose(0, 1) for x in (q.expand_as(k), k, v))
+        return super().forward(q, k, v, attn_mask=self.mask)[0].transpose(0, 1)
+
+
+def authors_uniad():
+    """UniAD with their layer in place of ours."""
+    model = UniAD()
+    for layer in (*model.encoder, *model.decoder):
+        for name, ours in list(layer.named_children()):
+            if isinstance(ours, Attention):
+                dim = ours.out.in_features
+                setattr(layer, name, AuthorsAttention(dim, ours.heads, ours.mask))
+    return model
 
 
 def bench_uniad():
-    batch, ours = [torch.randn(8, 272, 14, 14)], UniAD()
-    uniad.Attention = AuthorsAttention
-    theirs = UniAD()
-    slow, fast = (torch.optim.AdamW(model.parameters(), fused=model is ours)
-                  for model in (theirs, ours))
-    for how, amp in (("", False), (" with --amp", True)):
+    batch = [torch.randn(8, 272, 14, 14)]
+    ours, theirs = UniAD(), authors_uniad()
+    slow = torch.optim.AdamW(theirs.parameters(), fused=False)
+    fast = torch.optim.AdamW(ours.parameters(), fused=True)
+    for how, amp in (("", False), (" with amp", True)):
         ratio(f"UniAD training step, batch 8, authors' layer / ours{how}",
-              functools.partial(bare_loop, theirs, slow, batch),
-              functools.partial(bare_loop, ours, fast, batch, amp))
+              lambda: bare_loop(theirs, slow, batch),
+              lambda: bare_loop(ours, fast, batch, amp))
         ratio(f"UniAD inference, batch 8, authors' layer / ours{how}",
-              functools.partial(infer, theirs, batch), functools.partial(infer, ours, batch, amp))
-    backbone, x = Backbone(weights="random", standardize=False), images(16, 224, 3)
-    raw = backbone.raw(data.to_float(x))
+              lambda: infer(theirs, batch), lambda: infer(ours, batch, amp))
+    backbone = Backbone(weights="random", standardize=False)
+    x = images(16, 224, 3)
+    features = backbone.extract(data.to_float(x))
     fit = functools.partial(train.fit, ours, criterion=nn.MSELoss(), epochs=1, batch_size=8)
     ratio("an epoch of UniAD, features by B4 each time / from the cache",
           lambda: fit(x, prepare=lambda x: backbone(data.to_float(x))),
-          lambda: fit(raw, prepare=backbone.standardize))
+          lambda: fit(features, prepare=backbone.standardize))
 
 
 def bench_step():
-    """Where a step's time goes, and what its products would take at the rate of a large one."""
+    """Where a step's time goes, and what its products would take at a large one's rate."""
     model, batch = UniAD(dropout=0.0), torch.randn(8, 272, 14, 14)
-    optim, square = Muon(model, 0.01, 1e-4), torch.randn(2048, 2048, dtype=torch.bfloat16)
+    optim = train.Muon(model, 0.01, 1e-4)
+    square = torch.randn(2048, 2048, dtype=torch.bfloat16)
 
-    def turn():                                             # -> seconds of its four parts
+    def turn():                                     # -> the seconds of its four parts
         optim.zero_grad()
         times = [time.perf_counter()]
         with torch.autocast("cpu", torch.bfloat16):
@@ -129,24 +166,31 @@ def bench_step():
 
     with FlopCounterMode(display=False) as counter:
         turn()
-    forward, backward, muon, product = np.median([turn() for _ in range(6)][1:], axis=0)
+    turns = [turn() for _ in range(6)]
+    forward, backward, muon, product = np.median(turns[1:], axis=0)
     of_product = 2 * len(square) ** 3
     flop = counter.get_total_flops() - of_product
-    print(f"a UniAD training step with --amp, batch 8: forward {forward:.3f} s, backward "
-          f"{backward:.3f} s, Muon {muon:.3f} s;\n  {flop / 1e9:.0f} GFLOP of matrix products, "
-          f"{flop / of_product * product:.3f} s at the rate of 2048 x 2048 ones, "
+    print(f"a UniAD training step with amp, batch 8: forward {forward:.3f} s, backward "
+          f"{backward:.3f} s, Muon {muon:.3f} s;\n  {flop / 1e9:.0f} GFLOP of matrix "
+          f"products, {flop / of_product * product:.3f} s at the rate of 2048 x 2048 ones, "
           f"{of_product / product / 1e9:.0f} GFLOP/s")
 
 
-def main():
-    import resource                                         # not on Windows
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of 5 turns")
-    for n in (5000, 10000, 20000):              # in this order: memory is the process's peak
+def bench_memory():
+    """Seconds and memory by the number of images. In this order: it is the peak so far."""
+    import resource                                 # not on Windows
+    for n in (5000, 10000, 20000):
         x, model, start = images(n, 32), ConvAutoencoder(), time.perf_counter()
         quietly(train.fit, model, x, ReconstructionLoss(), epochs=1)
         ev.image_scores(ev.error_maps(model, x, data.to_float))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024            # on Linux
-        print(f"{n:,} images: {time.perf_counter() - start:.1f} s, {peak:.0f} MB")
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024    # on Linux
+        print(f"{n:,} images: {seconds:.1f} s, {peak:.0f} MB")
+
+
+def main():
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of 5 turns")
+    bench_memory()
     bench_autoencoder()
     bench_step()
     bench_uniad()
