@@ -1,17 +1,17 @@
 """The loss landscape around a trained model, after Li et al. 2018.
 
-LAMP's argument (Park et al. 2023, Sec. 2.1 and 3.2) is a picture. Around the weights w of
-a trained model, along two random directions d and e, the loss
+LAMP's argument (Park et al. 2023, Sec. 2.1 and 3.2) is a picture. Around the weights w
+of a trained model, along two random directions d and e, the loss
 
     f(a, b) = loss(w + a d + b e)
 
 is steeper with LAMP. Each filter of a direction gets the norm that this filter has in w
 (filter normalization), so that models of different scale can be compared.
 
-    python landscape.py                a linear model's surface beside its closed form
-    python landscape.py RUN RUN...     runs of train.py, side by side
-    python landscape.py --figure 1     the paper's Fig. 1: autoencoders, L2 and L2-LAMP
-    python landscape.py --figure 3     the paper's Fig. 3: an encoder that predicts digits
+    python landscape.py               a linear model's surface beside its closed form
+    python landscape.py RUN RUN...    runs of train.py, side by side
+    python landscape.py --figure 1    the paper's Fig. 1: autoencoders, L2 and L2-LAMP
+    python landscape.py --figure 3    the paper's Fig. 3: encoders that predict digits
 
 On your own model, whatever it is and however its loss is computed:
 
@@ -19,10 +19,10 @@ On your own model, whatever it is and however its loss is computed:
     loss_at = loss_at_weights(model, lambda: float(my_loss(model(x), y)), d, e)
     z = surface(loss_at, xs, ys, "my.npz")      # after Ctrl-C, the same line goes on
 
-Which surface is LAMP's? Eq. 2 divides by the largest error, and that changes from point
-to point. A training step treats it as a constant (`detach`). So it is held here, too, at
-the largest error of all points drawn (`HeldLamp`). With --maximum moving, each point is
-divided by its own largest error.
+Which surface is LAMP's? Eq. 2 divides by the largest error, which changes from point to
+point. A training step treats it as a constant (`detach`), and so does the picture: at
+all points it divides by the largest error that occurs at any of them (`HeldLamp`). With
+--maximum moving, it divides by the largest error of each point.
 """
 import argparse
 import itertools
@@ -54,19 +54,20 @@ from lamp_loss import BASE_LOSSES, ReconstructionLoss, largest
 def filter_normalize(d, w):
     """Give each filter of direction d the norm of the same filter in the weights w.
 
-    A filter is a slice along dimension 0. Two tensors of one parameter -> one like them.
-    It is zero where w.dim() <= 1, for biases and batch normalization.
+    d, w: tensors of one shape, a parameter's. A filter is a slice along dimension 0.
+    The result is zero where w.dim() <= 1, for biases and batch normalization.
     """
     if w.dim() <= 1:
         return torch.zeros_like(w)
     norm_of_d = d.flatten(1).norm(dim=1)                            # (filters,)
-    norm_of_w = w.flatten(1).norm(dim=1)
+    norm_of_w = w.flatten(1).norm(dim=1)                            # (filters,)
     ratio = norm_of_w / (norm_of_d + 1e-10)
-    return d * ratio.view(-1, *[1] * (w.dim() - 1))
+    ones = [1] * (w.dim() - 1)
+    return d * ratio.view(-1, *ones)
 
 
 def random_direction(parameters, seed):
-    """A Gaussian direction in the space of the parameters, filter-normalized: tensors."""
+    """A Gaussian direction, filter-normalized: a tensor for each of the parameters."""
     generator = torch.Generator().manual_seed(seed)
     direction = []
     for w in parameters:
@@ -93,21 +94,20 @@ def loss_at_weights(model, loss, d, e):
 def surface(loss_at, xs, ys, path=None):
     """z[i, j] = loss_at(xs[i], ys[j]), an array (len(xs), len(ys)).
 
-    Each point is computed once. path: a .npz file, which is written as the surface grows.
-    If it is there already, only its missing points (NaN) are computed. Raises ValueError
-    where it holds another grid.
+    Each point is computed once. path: a .npz file, which is written as the surface
+    grows. If it is there already, only its missing points (NaN) are computed. Raises
+    ValueError where it holds another grid.
     """
     z = np.full((len(xs), len(ys)), np.nan)
     if path and Path(path).exists():
-        with np.load(path) as saved:
-            if not (np.array_equal(saved["xs"], xs) and np.array_equal(saved["ys"], ys)):
-                raise ValueError(f"{path} holds another grid: delete it, or name another file")
-            z = saved["z"]
+        z = read_surface(path, xs, ys)
     todo = np.argwhere(np.isnan(z))
     start = printed = time.perf_counter()
     try:
         for done, (i, j) in enumerate(todo, 1):
             z[i, j] = loss_at(float(xs[i]), float(ys[j]))
+
+            # Every five seconds, say how far it is and write what there is.
             now = time.perf_counter()
             if now - printed > 5:
                 printed = now
@@ -116,15 +116,26 @@ def surface(loss_at, xs, ys, path=None):
                 if path:
                     write_surface(path, z, xs, ys)
     finally:
+        # After an interruption, too: put the weights back, and keep the points.
         if len(todo):
-            loss_at(0.0, 0.0)                               # the weights as they were
+            loss_at(0.0, 0.0)
         if path:
             write_surface(path, z, xs, ys)
     return z
 
 
+def read_surface(path, xs, ys):
+    """The surface in a file. Raises ValueError where its grid is not xs, ys."""
+    with np.load(path) as saved:
+        same = np.array_equal(saved["xs"], xs) and np.array_equal(saved["ys"], ys)
+        if not same:
+            raise ValueError(f"{path} holds another grid: delete it, or name another "
+                             "file")
+        return saved["z"]
+
+
 def write_surface(path, z, xs, ys):
-    """Write a file beside its place, then move it there, so that it is never half written."""
+    """Write beside the file, then rename: an interruption leaves no broken file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     np.savez(f"{path}.tmp.npz", z=z, xs=xs, ys=ys)
     os.replace(f"{path}.tmp.npz", path)
@@ -135,11 +146,11 @@ def write_surface(path, z, xs, ys):
 class HeldLamp(nn.Module):
     """LAMP with a maximum in Eq. 2 that does not move, so that it can be drawn.
 
-    The maximum cannot be that at the trained weights: where errors are larger, 1 - L'
-    would be negative. So it is the largest error of all points drawn, of all images
-    together (over="batch") or of each image (over="image"). Call `observe` at every
-    point first. At the trained weights, where errors are smaller, the loss is then
-    amplified less than in training.
+    The maximum is the largest error of all points drawn, of each image (over="image")
+    or of all images together (over="batch"). Call `observe` at every point before the
+    first `forward`. The maximum at the trained weights would not do, since 1 - L' would
+    be negative at points with a larger error. So the loss is amplified less at the
+    trained weights, where errors are small, than it was in training.
     """
 
     def __init__(self, loss="l2", eps=0.03, over="image"):
@@ -148,7 +159,10 @@ class HeldLamp(nn.Module):
         self.maximum = torch.tensor(1e-30)
 
     def observe(self, y_hat, y):
-        """Raise the maximum to these errors -> their own maximum, the mean over images."""
+        """Raise the maximum to these errors, for the same images at each point.
+
+        Returns the maximum of these errors alone, averaged over the images.
+        """
         here = largest(self.base_loss(y_hat, y), self.over)
         self.maximum = torch.maximum(here, self.maximum)
         return here.mean()
@@ -159,18 +173,25 @@ class HeldLamp(nn.Module):
 
 
 def model_surface(model, criterion, x, y, xs, seed=0, path=None):
-    """The surface of criterion(model(x), y) along two directions: (len(xs), len(xs))."""
+    """The surface of criterion(model(x), y) in two directions: (len(xs), len(xs))."""
+    def loss():
+        return float(criterion(model(x), y))
+
+    def largest_error():
+        return float(criterion.observe(model(x), y))
+
     model.eval()
     d = random_direction(model.parameters(), 2 * seed)
     e = random_direction(model.parameters(), 2 * seed + 1)
+
+    # A maximum that is held must have seen all points first.
     if isinstance(criterion, HeldLamp):
-        observe = loss_at_weights(model, lambda: float(criterion.observe(model(x), y)), d, e)
-        maxima = surface(observe, xs, xs)
+        maxima = surface(loss_at_weights(model, largest_error, d, e), xs, xs)
         center = maxima[len(xs) // 2, len(xs) // 2]
+        held = float(criterion.maximum.mean())
         print(f"Eq. 2's maximum is {center:.3f} at the trained weights, and is held at "
-              f"{float(criterion.maximum.mean()):.3f}")
-    loss_at = loss_at_weights(model, lambda: float(criterion(model(x), y)), d, e)
-    return surface(loss_at, xs, xs, path)
+              f"{held:.3f}")
+    return surface(loss_at_weights(model, loss, d, e), xs, xs, path)
 
 
 # ---- pictures ----
@@ -178,7 +199,7 @@ def model_surface(model, criterion, x, y, xs, seed=0, path=None):
 class Settings(NamedTuple):
     """What all pictures share."""
     xs: np.ndarray                      # steps along a direction, 0 in the middle
-    images: int = 512                   # how many training images the loss is computed on
+    images: int = 512                   # how many training images the loss is taken of
     seed: int = 0                       # of the directions, and of a figure's training
     epochs: int = 4                     # of a figure's training
     maximum: str = "held"               # Eq. 2's: "held", or "moving" with each point
@@ -188,8 +209,11 @@ class Settings(NamedTuple):
 
 def draw_contours(axis, xs, z, levels):
     """The contour lines of one panel. A cross marks the trained weights."""
-    if ((z.min() < levels) & (levels < z.max())).any():
-        axis.contour(xs, xs, z.T, levels=levels, vmin=levels[0], vmax=levels[-1], cmap="viridis")
+    inside = (z.min() < levels) & (levels < z.max())
+    if inside.any():
+        # z[i, j] is for a = xs[i], to the right, but `contour` wants rows for b first.
+        axis.contour(xs, xs, z.T, levels=levels, cmap="viridis",
+                     vmin=levels[0], vmax=levels[-1])
     else:
         axis.text(0, 0, f"flat: {z.min():.3g} to {z.max():.3g}\n", ha="center")
     axis.plot(0, 0, "+", color="red", markersize=10)
@@ -203,30 +227,40 @@ def draw_solid(axis, xs, z, low, high):
     axis.set(zlim=(min(low, 0), high), xlabel="d", ylabel="e")
 
 
+def color_range(panels):
+    """The smallest and nearly the largest loss of all panels, for one color scale."""
+    values = np.concatenate([z.ravel() for _, z in panels])
+    if not np.isfinite(values).all():
+        raise ValueError("the loss is not finite at some points: use a smaller --span")
+    low, high = values.min(), np.quantile(values, 0.97)
+    if high <= low:                                         # all surfaces are flat
+        high = low + 1
+    return low, high
+
+
 def draw(path, panels, settings, what, rows=1, solid=True):
     """Draw surfaces with the same contour levels and colors.
 
     panels: [(title, z), ...]. solid: draw them as solids above their contours, in one
     row (Fig. 1), or else contours alone in `rows` rows (Fig. 3). what: for the footer.
     """
-    xs, values = settings.xs, np.concatenate([z.ravel() for _, z in panels])
-    if not np.isfinite(values).all():
-        raise ValueError("the loss is not finite at some points: use a smaller --span")
-    low, high = values.min(), np.quantile(values, 0.97)
-    high = high if high > low else low + 1                  # all surfaces are flat
+    xs = settings.xs
+    low, high = color_range(panels)
     columns = len(panels) // rows
     rows = 2 if solid else rows
     figure = Figure((4.2 * columns + 0.8, 4.0 * rows), layout="constrained")
     for number, (title, z) in enumerate(panels, 1):
+        first = figure.add_subplot(rows, columns, number, title=title,
+                                   projection="3d" if solid else None)
+        contours = first
         if solid:
-            top = figure.add_subplot(rows, columns, number, projection="3d", title=title)
-            draw_solid(top, xs, z, low, high)
-            flat = figure.add_subplot(rows, columns, columns + number)
-        else:
-            flat = figure.add_subplot(rows, columns, number, title=title)
-        draw_contours(flat, xs, z, np.linspace(low, high, 31))
-    colors = ScalarMappable(Normalize(low, high), "viridis")
-    figure.colorbar(colors, ax=figure.axes, shrink=0.5, format="%.3g", label="loss of an image")
+            draw_solid(first, xs, z, low, high)
+            contours = figure.add_subplot(rows, columns, columns + number)
+        draw_contours(contours, xs, z, np.linspace(low, high, 31))
+    figure.colorbar(ScalarMappable(Normalize(low, high), "viridis"), ax=figure.axes,
+                    shrink=0.5, format="%.3g", label="loss of an image")
+
+    # The footer says what was drawn and how to draw it again.
     footer = (f"{settings.command}; {what}; +: the trained weights; directions of seed "
               f"{settings.seed}, filter-normalized; {len(xs)} x {len(xs)} points")
     figure.supxlabel("\n".join(textwrap.wrap(footer, 40 * columns)), fontsize=7)
@@ -254,18 +288,20 @@ def criterion_of(loss, lamp, eps, over, detach, maximum):
 def open_run(run, settings):
     """A run -> its config, its model, and training images as the model sees them."""
     state, model = ev.load_run(run)
-    c = {**state["config"], "data_dir": settings.data_dir or state["config"]["data_dir"]}
-    inputs = ev.open_data(c, "cpu", state)[1]
+    c = dict(state["config"])
+    c["data_dir"] = settings.data_dir or c["data_dir"]
+    data, inputs, backbone = ev.open_data(c, "cpu", state)
     return c, model, inputs.prepare(inputs.train[:settings.images])
 
 
 def train_autoencoder(lamp, batch_size, seed, settings):
-    """Train on MNIST's digit 3, with L2 or L2-LAMP, if that is not done yet -> the run."""
-    name = f"mnist-3-{'l2-lamp' if lamp else 'l2'}-b{batch_size}-e{settings.epochs}-s{seed}"
+    """Train on MNIST's digit 3 with L2 or L2-LAMP, unless that is done -> the run."""
+    loss = "l2-lamp" if lamp else "l2"
+    name = f"mnist-3-{loss}-b{batch_size}-e{settings.epochs}-s{seed}"
     config = dict(
-        dataset="mnist", normal="3", data_dir=settings.data_dir or "data", lamp=lamp, lr=1e-3,
-        batch_size=batch_size, epochs=settings.epochs, seed=seed, eval_every=0, pictures=False,
-        out=f"runs/landscape/{name}")
+        dataset="mnist", normal="3", data_dir=settings.data_dir or "data", lamp=lamp,
+        lr=1e-3, batch_size=batch_size, epochs=settings.epochs, seed=seed,
+        eval_every=0, pictures=False, out=f"runs/landscape/{name}")
     record = train.run(config, resume=True, command=settings.command)
     if record["interrupted"]:
         raise KeyboardInterrupt
@@ -279,13 +315,17 @@ def train_classifier(lamp, batch_size, seed, settings):
     or L2-LAMP against one-hot labels of MNIST -> model, x, y.
     """
     (images, labels), _, _ = load_mnist(Path(settings.data_dir or "data"))
-    x, y = resize(images[:10000], 32), torch.eye(10)[labels[:10000]]
+    x = resize(images[:10000], 32)                                  # (10000, 1, 32, 32)
+    y = torch.eye(10)[labels[:10000]]                               # (10000, 10)
     torch.manual_seed(seed)
     encoder = ConvAutoencoder().encoder                             # -> (B, 128, 2, 2)
     model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(512, 10), nn.Sigmoid())
-    print(f"encoder, {'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}, seed {seed}")
+    loss = "L2-LAMP" if lamp else "L2"
+    print(f"encoder, {loss}, batch size {batch_size}, seed {seed}")
     criterion = ReconstructionLoss("l2", lamp, **READINGS["classifier"])
-    train.fit(model, x, criterion, y, epochs=settings.epochs, batch_size=batch_size, seed=seed)
+    train.fit(model, x, criterion, y, epochs=settings.epochs, batch_size=batch_size,
+              seed=seed)
+    # The means and variances that batch normalization uses from here on.
     train.reestimate_batch_norm(model, to_float(x).split(250))
     return model, to_float(x[:settings.images]), y[:settings.images]
 
@@ -293,8 +333,10 @@ def train_classifier(lamp, batch_size, seed, settings):
 # ---- the paper's figures ----
 
 def figure_1(settings, out):
-    """The paper's Fig. 1: autoencoders trained with L2 and with L2-LAMP, batch size 32."""
-    runs = [train_autoencoder(lamp, 32, settings.seed, settings) for lamp in (False, True)]
+    """The paper's Fig. 1: autoencoders trained with L2 and L2-LAMP, batch size 32."""
+    runs = []
+    for lamp in (False, True):
+        runs.append(train_autoencoder(lamp, 32, settings.seed, settings))
     compare_runs(runs, settings, out)
 
 
@@ -304,21 +346,24 @@ def compare_runs(runs, settings, out, under="own"):
     under: the loss that is drawn, each run's "own", or "l1", "l2" or "ssim" for all.
     Raises ValueError where two runs differ in their architecture.
     """
-    panels, first, any_held = [], None, False
+    panels, shapes_of_first, any_held = [], None, False
     for run in runs:
         c, model, x = open_run(run, settings)
+
+        # The same random draws are the same directions only in equal architectures.
         shapes = [p.shape for p in model.parameters()]
-        first = first or shapes
-        if shapes != first:
+        shapes_of_first = shapes_of_first or shapes
+        if shapes != shapes_of_first:
             raise ValueError(f"{run} has another architecture than {runs[0]}")
+
+        # The loss that is drawn.
         loss, lamp = (c["loss"], c["lamp"]) if under == "own" else (under, False)
-        criterion = criterion_of(loss, lamp, c["eps"], c["over"], c["detach"], settings.maximum)
+        criterion = criterion_of(loss, lamp, c["eps"], c["over"], c["detach"],
+                                 settings.maximum)
         any_held = any_held or isinstance(criterion, HeldLamp)
 
-        # The file of a surface is named by all that it depends on.
-        content = b"".join(t.numpy().tobytes() for t in (*model.state_dict().values(), x))
-        content += f"{under} {settings.maximum} {settings.seed}".encode()
-        path = f"runs/landscape/{Path(out).stem}-{zlib.crc32(content):08x}.npz"
+        # Its surface, which is read instead where the file is there already.
+        path = surface_file(model, x, under, settings, out)
         z = model_surface(model, criterion, x, x, settings.xs, settings.seed, path)
         name = c["loss"].upper() + ("-LAMP" if c["lamp"] else "")
         panels.append((f"{name}, batch size {c['batch_size']}, under {under} loss", z))
@@ -326,64 +371,88 @@ def compare_runs(runs, settings, out, under="own"):
     draw(out, panels, settings, f"{', '.join(runs)}{maximum}; {len(x)} images")
 
 
+def surface_file(model, x, under, settings, out):
+    """The file of a surface, named by a checksum of all that the surface depends on."""
+    tensors = *model.state_dict().values(), x
+    content = b"".join(tensor.numpy().tobytes() for tensor in tensors)
+    content += f"{under} {settings.maximum} {settings.seed}".encode()
+    return f"runs/landscape/{Path(out).stem}-{zlib.crc32(content):08x}.npz"
+
+
 def figure_3(settings, out):
     """The paper's Fig. 3: contours of L2 and L2-LAMP at batch sizes 128, 16 and 4."""
     panels = []
     for lamp, batch_size in itertools.product((False, True), (128, 16, 4)):
         model, x, y = train_classifier(lamp, batch_size, settings.seed, settings)
-        criterion = criterion_of("l2", lamp, **READINGS["classifier"], maximum=settings.maximum)
+        criterion = criterion_of("l2", lamp, **READINGS["classifier"],
+                                 maximum=settings.maximum)
         z = model_surface(model, criterion, x, y, settings.xs, settings.seed)
-        panels.append((f"{'L2-LAMP' if lamp else 'L2'}, batch size {batch_size}", z))
-    what = f"encoders that predict MNIST's classes, {settings.epochs} epochs, {len(x)} images"
-    draw(out, panels, settings, f"{what}; maximum {settings.maximum}", rows=2, solid=False)
+        loss = "L2-LAMP" if lamp else "L2"
+        panels.append((f"{loss}, batch size {batch_size}", z))
+    what = (f"encoders that predict MNIST's classes, {settings.epochs} epochs, "
+            f"{len(x)} images; maximum {settings.maximum}")
+    draw(out, panels, settings, what, rows=2, solid=False)
 
 
 # ---- the command ----
 
 def paraboloid():
-    """A linear model under a squared loss: its surface is |r + a u + b v|^2."""
+    """A linear model under a squared loss: its surface is |r + a u + b v|^2.
+
+    r is the error at the trained weights. u and v are what the directions add to it.
+    """
     torch.manual_seed(0)
     model, x, y = nn.Linear(4, 3), torch.randn(50, 4), torch.randn(50, 3)
     xs = np.linspace(-1, 1, 5)
     d, e = (random_direction(model.parameters(), seed) for seed in (0, 1))
-    loss_at = loss_at_weights(model, lambda: float((model(x) - y).square().sum()), d, e)
-    z = surface(loss_at, xs, xs)
-    r = (model(x) - y).detach()
-    u, v = x @ d[0].T, x @ e[0].T                           # d and e are zero for the bias
+
+    def loss():
+        return float((model(x) - y).square().sum())
+
+    z = surface(loss_at_weights(model, loss, d, e), xs, xs)
+    r = (model(x) - y).detach()                             # (50, 3)
+    u, v = x @ d[0].T, x @ e[0].T                           # zero for the bias
     print("    a     b   surface   |r + a u + b v|^2")
-    for (i, a), (j, b) in itertools.product(enumerate(xs), enumerate(xs)):
-        expected = float((r + a * u + b * v).square().sum())
-        print(f"{a:5.1f} {b:5.1f} {z[i, j]:9.3f} {expected:9.3f}")
+    for i, a in enumerate(xs):
+        for j, b in enumerate(xs):
+            expected = float((r + a * u + b * v).square().sum())
+            print(f"{a:5.1f} {b:5.1f} {z[i, j]:9.3f} {expected:9.3f}")
 
 
 def steps(span, grid):
     """`grid` steps from -span to span, an odd number, so that the middle one is 0."""
     xs = np.linspace(-span, span, grid)
-    xs[grid // 2] = 0.0                                     # exactly the trained weights
+    xs[grid // 2] = 0.0                             # exactly, for the trained weights
     return xs
 
 
 def parse(argv):
     """The command line -> its parser, for errors, and the options."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    description = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote, of one architecture")
-    add("--figure", type=int, choices=(1, 3), help="the paper's figure, with the training it needs")
+    add("runs", nargs="*", metavar="RUN",
+        help="folders that train.py wrote, of one architecture")
+    add("--figure", type=int, choices=(1, 3),
+        help="the paper's figure, with the training it needs")
     add("--under", choices=("own", *BASE_LOSSES), default="own",
         help="the loss that is drawn: each run's own, or one for all (default: own)")
     add("--maximum", choices=("held", "moving"), default="held",
-        help="of LAMP's Eq. 2: held for all points, or each point's own (default: held)")
+        help="of LAMP's Eq. 2: held for all points, or each point's own "
+             "(default: held)")
     add("--grid", type=int, default=31, help="points on a side, odd (default: 31)")
-    add("--span", type=float, default=1.0, help="the largest step, in weights' norms (default: 1)")
+    add("--span", type=float, default=1.0,
+        help="the largest step, in weights' norms (default: 1)")
     add("--images", type=int, default=512, help="training images (default: 512)")
-    add("--seed", type=int, default=0, help="of directions and a figure's training (default: 0)")
+    add("--seed", type=int, default=0,
+        help="of directions and a figure's training (default: 0)")
     add("--epochs", type=int, default=4, help="of a figure's training (default: 4)")
     add("--data-dir", help="where the data sets are (default: as in the run, or data)")
     add("--out", help="the picture (default: in runs/landscape)")
     args = parser.parse_args(argv)
     if args.grid < 3 or args.grid % 2 == 0:
-        parser.error(f"--grid {args.grid}: use an odd number from 3 on, so that the center is "
-                     "a point")
+        parser.error(f"--grid {args.grid}: use an odd number from 3 on, so that the "
+                     "center is a point")
     if not 0 < args.span <= 1e3:
         parser.error(f"--span {args.span}: use a step above 0 and at most 1000")
     if min(args.images, args.epochs) < 1 or args.seed < 0:
@@ -396,23 +465,31 @@ def parse(argv):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, args = parse(argv)
-    settings = Settings(steps(args.span, args.grid), args.images, args.seed, args.epochs,
-                        args.maximum, args.data_dir, shlex.join(["python", "landscape.py", *argv]))
-    torch.set_flush_denormal(True)                          # far away, numbers become tiny
+    settings = Settings(
+        xs=steps(args.span, args.grid),
+        images=args.images,
+        seed=args.seed,
+        epochs=args.epochs,
+        maximum=args.maximum,
+        data_dir=args.data_dir,
+        command=shlex.join(["python", "landscape.py", *argv]))
+    # Far from the trained weights numbers become tiny, and arithmetic on them slow.
+    torch.set_flush_denormal(True)
     try:
         if args.figure == 1:
             figure_1(settings, args.out or "runs/landscape/figure1.png")
         elif args.figure == 3:
             figure_3(settings, args.out or "runs/landscape/figure3.png")
         elif args.runs:
-            compare_runs(args.runs, settings, args.out or "runs/landscape/landscape.png",
-                         args.under)
+            out = args.out or "runs/landscape/landscape.png"
+            compare_runs(args.runs, settings, out, args.under)
         else:
             paraboloid()
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"landscape.py: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted: the same command goes on where this one stopped\n")
+        parser.exit(130, "\ninterrupted: the same command goes on where this one "
+                         "stopped\n")
     raise SystemExit(0)
 
 
