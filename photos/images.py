@@ -221,7 +221,7 @@ def appearance(pixels):
     """What APPEARANCE names, of photos (N, 3, S, S) uint8 -> (N, 6).
 
     Brightness, contrast and color are in gray levels. Sharpness is the logarithm of the
-    mean slope by the contrast. The place is where slopes lie on average, from 0 to 1.
+    mean slope by the contrast. The place is where edges lie on average, from 0 to 1.
     """
     x = pixels.float()
     gray = x.mean(1)                                                # (N, S, S)
@@ -231,10 +231,11 @@ def appearance(pixels):
     contrast = gray.flatten(1).std(1)
     color = (x[:, 0] - x[:, 2]).flatten(1).mean(1)
     sharpness = ((slope.flatten(1).mean(1) + 0.1) / (contrast + 1)).log()
+    edges = slope.square()                                          # noise hardly counts
     along = torch.linspace(0, 1, gray.shape[-1])
-    total = slope.flatten(1).sum(1) + 1e-6
-    place_x = (slope.sum(1) * along).sum(1) / total
-    place_y = (slope.sum(2) * along).sum(1) / total
+    total = edges.flatten(1).sum(1) + 1e-6
+    place_x = (edges.sum(1) * along).sum(1) / total
+    place_y = (edges.sum(2) * along).sum(1) / total
     brightness = gray.flatten(1).mean(1)
     return torch.stack([brightness, contrast, color, sharpness, place_x, place_y], 1)
 
