@@ -660,14 +660,15 @@ def nearest_model(c, inputs, device):
     order = torch.randperm(len(inputs.train), generator=generator)
     numbers = order[:c["bank_images"]]
     features = inputs.train[numbers]                        # (N, C, g, g)
+    tokens = len(features) * features[0, 0].numel()
     if inputs.copies is not None:
         kept = torch.isin(inputs.copy_of, numbers) & inputs.copy_in_bank
         features = torch.cat([features, inputs.copies[kept]])
         numbers = torch.cat([numbers, inputs.copy_of[kept]])
-    tokens = len(features) * features[0, 0].numel()
+    # Copies compete with the images for a bank as large as without them.
     kept_tokens = max(1, round(c["coreset"] * tokens))
     model = ev.build_model(c, shape_of(inputs), kept_tokens).to(device)
-    model.solve(inputs.prepare(features.to(device)), numbers)
+    model.solve(inputs.prepare(features.to(device)), numbers, candidates=tokens)
     return model
 
 

