@@ -29,47 +29,63 @@ import experiments
 import figures
 import landscape
 import pairs
+import steepness
 import sweep
 import tables
 import train
 import uniad
 from autoencoder import ConvAutoencoder
 from lamp_loss import lamp
-from test_all import call, close, images, make_folder, seeded_and_in_an_empty_folder
+from test_all import call, close, images, make_products, seeded_and_in_an_empty_folder
+from train import OPTIMIZERS, take_step
 from uniad import Backbone, UniAD
 
-README = (RESULTS.parent / "README.md").read_text() + (RESULTS / "README.md").read_text()
+READMES = ("README.md", "results/README.md", "photos/README.md")
+README = "\n".join((RESULTS.parent / name).read_text() for name in READMES)
 
 
 # ---- the runs, and the CSV files ----
 
 @pytest.mark.parametrize("name", experiments.EXPERIMENTS)
-def test_each_csv_holds_the_runs_of_its_experiment_with_the_options_that_train_py_takes(name):
+def test_each_csv_holds_the_runs_of_its_experiment(name):
     runs, path = list(experiments.EXPERIMENTS[name]()), RESULTS / f"{name}.csv"
     columns = sweep.columns_of(runs)
-    shared = dict(word.split("=", 1) for word in path.read_text().splitlines()[0].split()[1:])
     rows = sweep.read_csv(path)[1]
     keys = [(*sweep.key_of(row, columns), row["epoch"], row["category"]) for row in rows]
-    assert len({*keys}) == len(keys)
-    assert {key[:-2] for key in keys} == {sweep.key_of(options, columns) for options in runs}
+    assert len(set(keys)) == len(keys)                      # no row twice
+    made = {key[:-2] for key in keys}
+    planned = {sweep.key_of(options, columns) for options in runs}
+    if name in experiments.UNFINISHED:
+        assert made <= planned
+    else:
+        assert made == planned
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_each_run_of_an_experiment_is_a_config_that_train_py_takes(name):
+    if name in experiments.RECORDED:
+        pytest.skip("its rows were made by an earlier version, and are not made again")
+    runs = list(experiments.EXPERIMENTS[name]())
     kinds = {str({**options, "normal": 0, "seed": 0}): options for options in runs}
-    for options in kinds.values():                          # parsing every run takes seconds
-        config = train.parse(experiments.argv_of(options))[1]
-        for key in {*options} - {"log", "photos"}:
-            assert config[key] == options[key]
-            assert key in (*columns, "eval_every") or shared[key] == str(options[key])
+    for options in kinds.values():                          # all runs would take seconds
+        given = {key: value for key, value in options.items() if key != "log"}
+        config = train.with_defaults(given)
+        assert given.items() <= config.items()
 
 
 def test_a_run_s_rows_are_those_of_its_run_json_with_pull_and_spread():
-    folder = str(make_folder())
-    options = dict(dataset="folder", data_dir=folder, model="pca", image_size=32, seed=0)
-    whole, *parts = sweep.make_run("table1", {**options, "latent": 3}, "run", [])[0]
+    make_products("bolt", "nut")
+    options = dict(dataset="mvtec", model="pca", image_size=32, seed=0)
+    places = {"data_dir": "data", "device": "cpu"}
+    run = {**options, "components": 3}
+    whole, *parts = sweep.make_run("table1", run, "run", places, True)[0]
     m = json.loads(Path("run/run.json").read_text())["metrics"]
     assert whole["image_auroc"] == m["image_auroc"] and whole["pull"] and whole["spread"]
-    assert [row["category"] for row in parts] == ["bolt", "nut 3"]
+    assert [row["category"] for row in parts] == ["bolt", "nut"]
     assert all(row.items() >= m["categories"][row["category"]].items() for row in parts)
-    with pytest.raises(RuntimeError, match="SystemExit: 2 .see lost/log.txt"):
-        sweep.make_run("table1", {**options, "latent": -1}, "lost", [])
+    wrong = {**options, "components": -1}
+    with pytest.raises(RuntimeError, match="ValueError.*components -1.*see lost/log.txt"):
+        sweep.make_run("table1", wrong, "lost", places, True)
 
 
 TWELVE_RUNS = f"""
@@ -77,12 +93,13 @@ import sys, time
 sys.path.insert(0, {str(RESULTS)!r})
 import sweep
 
-def make_run(name, options, out, argv):
+def make_run(name, options, out, places, afresh):
     time.sleep(0.3)
     if options["seed"] == 1:
         raise RuntimeError("no good")
     metrics = dict(image_auroc=0.5 + options["seed"] / 16, categories=dict(zero=dict()))
-    return sweep.rows_of(dict(history=[], metrics=metrics, seconds=0.2)), "made_with=this"
+    record = dict(history=[], metrics=metrics, seconds=0.2, versions=dict(machine="m"))
+    return sweep.rows_of(record, {}), "made_with=this"
 
 sweep.EXPERIMENTS["twelve"] = lambda: [dict(normal="0", seed=seed) for seed in range(12)]
 sweep.make_run, sweep.RESULTS = make_run, sweep.Path.cwd()
@@ -124,7 +141,7 @@ def test_pull_is_toward_the_nearest_training_image_and_spread_a_ratio_of_varianc
     halve.weight.data.fill_(0.5)
     y, normal = (x.flatten(1) / 255 for x in (test[:7], normals))
     near = [min(((v - n) ** 2).sum() for n in normal) for v in (*y, *(y / 2))]
-    inputs = data.Inputs(normals, None, None, None, test, data.to_float, None, None, None)
+    inputs = data.Inputs(normals, None, None, None, test, data.to_float)
     found = experiments.pull_and_spread(halve, inputs, torch.tensor([1] * 7 + [0] * 5))
     close(found["pull"], np.mean([near[7 + i] / near[i] for i in range(7)]), 1e-4)
     close(found["spread"], 0.25)
@@ -183,6 +200,11 @@ def test_tables_load_no_torch():
     subprocess.run([sys.executable, "-c", command], cwd=RESULTS, check=True)
 
 
+def small_run(out, **options):
+    """A run on the digits that takes a second."""
+    train.run(dict(depth=2, epochs=1, pictures=False, out=out, **options), report=False)
+
+
 def test_figures_draw_what_each_run_makes_of_the_same_images_and_its_history(monkeypatch):
     drawn, save = [], Figure.savefig
 
@@ -190,14 +212,15 @@ def test_figures_draw_what_each_run_makes_of_the_same_images_and_its_history(mon
         drawn.append(figure)
         save(figure, *arguments, **options)
     monkeypatch.setattr(Figure, "savefig", keep_and_save)
-    for options in ("a", "b --lamp", "c --validate"):
-        call(train.main, f"--depth 2 --epochs 1 --threads 1 --no-pictures --out {options}")
+    small_run("a")
+    small_run("b", lamp=True)
+    small_run("c", validate=True)
     assert "c has other test images" in call(figures.main, "examples z.jpg a c", 2)
     call(figures.main, "examples z.jpg a b")
     call(figures.main, "curves z.png a b")
     shown, curves = drawn
     rows = [np.stack([axis.images[0].get_array() for axis in shown.axes[start:start + 8]])
-            for start in range(0, 40, 8)]                   # images, two of each run: (8, 32, 32)
+            for start in range(0, 40, 8)]                   # two rows of each run
     y = torch.tensor(rows[0])[..., 0][:, None].float()
     for run, (y_hat, error) in zip("ab", (rows[1:3], rows[3:5])):
         close(y_hat[..., 0], ev.load_run(run)[1](y)[:, 0], 1e-5)
@@ -205,68 +228,107 @@ def test_figures_draw_what_each_run_makes_of_the_same_images_and_its_history(mon
     for axis, key in zip(curves.axes, figures.CURVES):
         for run, line in zip("ab", axis.lines, strict=True):
             history = json.loads(Path(run, "run.json").read_text())["history"]
-            assert line.get_xydata().tolist() == [[h["epoch"], h[key]] for h in history]
+            points = [[entry["epoch"], entry[key]] for entry in history]
+            assert line.get_xydata().tolist() == points
 
 
-def test_landscapes_are_drawn_side_by_side_and_only_of_one_architecture():
-    for options in ("a", "b --lamp", "c --latent 3"):
-        call(train.main, f"--depth 2 --epochs 1 --threads 1 --no-pictures --out {options}")
-    call(landscape.main, "a b --grid 3 --images 64 --out z.png --threads 1")
-    assert Path("z.png").exists()
-    assert "another architecture" in call(landscape.main, "a c --grid 3 --images 64", 2)
+def test_at_equal_training_error_lamp_is_compared_with_a_point_on_l2_s_curve(monkeypatch):
+    plain = [(2, 4.0, 0.8), (4, 2.0, 0.7), (6, 1.0, 0.6)]   # epoch, training error, AUROC
+    gain = figures.equal_error(plain, [(2, 9.0, 0.1), (4, 1.5, 0.75)])
+    close(gain, 0.1)
+    for never in (4.5, 0.9):
+        assert figures.equal_error(plain, [(2, never, 0.9)]) is None
+    amplified = [(2, 3.0, 0.7), (4, 2.5, 0.8), (6, 1.5, 0.75)]
+    rows = []
+    for lamp_or_not, curve in ((0, plain), (1, amplified)):
+        for epoch, error, auroc in curve:
+            rows.append(dict(batch_size=32, lamp=lamp_or_not, seed=1, category=3, normal=3,
+                             epoch=epoch, base_error=error, image_auroc=auroc))
+    unlike = [{**rows[0], "batch_size": 16}, {**rows[0], "seed": 0}]    # not in the figure
+    monkeypatch.setattr(figures, "read", lambda name: [*rows, *unlike])
+    text = call(figures.main, "copying z.png")
+    assert "at equal training error: +0.1000, ahead on 1 of 1 digits" in text
+    assert "name runs" in call(figures.main, "copying z.png run", 2)
 
 
-def test_a_model_is_1_times_as_steep_as_itself_and_as_steep_through_lamp_as_under_it(monkeypatch):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_alone_makes_the_step_that_train_py_makes_with_it(name):
+    alone, model = (UniAD(6, 4, 8, 2, 1, 16, neighbors=3) for _ in range(2))
+    model.load_state_dict(alone.state_dict())
+    weights = torch.randn(sum(p.numel() for p in model.parameters()))
+    optims = [OPTIMIZERS[name](m, 0.01, 0.1) for m in (alone, model)]
+    for _ in range(2):
+        for m, optim in zip((alone, model), optims):
+            optim.zero_grad()
+            values = torch.cat([p.flatten() for p in m.parameters()])
+            (values ** 2 * weights).sum().backward()
+        optims[0].step()
+        take_step(optims[1], model, 0.01, 0, False)
+    for one, other in zip(alone.parameters(), model.parameters()):
+        assert torch.equal(one, other)
+
+
+def test_a_plane_is_as_steep_as_its_gradient_and_a_paraboloid_as_its_curvature():
+    xs, ys = np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)
+    plane = steepness.steepness(3 * xs[:, None] + 4 * ys + 20, xs, ys)
+    close([*plane.values()], [5, 0, 0.25, 0], 1e-9)         # the loss at the center is 20
+    bowl = steepness.steepness(xs[:, None] ** 2 + 3 * ys ** 2, xs, ys)
+    close(bowl["curvature"], (2 + 6) / 2, 1e-9)
+
+
+def test_a_model_is_once_as_steep_as_itself_and_as_steep_through_lamp_as_under_it(monkeypatch):
     model, x = nn.Linear(3, 2), torch.rand(6, 3)
-    monkeypatch.setattr(landscape, "train_classifier", lambda *_: (model, x, torch.zeros(6, 2)))
-    args = landscape.parse("--steepness --grid 3".split())[1]
-    assert landscape.READINGS["autoencoder"].items() <= train.parse([])[1].items()
-    a, b, c = landscape.measure_steepness("classifier", 4, 0, args).splitlines()
+    monkeypatch.setattr(steepness, "train_classifier",
+                        lambda *_: (model, x, torch.zeros(6, 2)))
+    settings = landscape.Settings(landscape.steps(1.0, 3))
+    a, b, c = steepness.measure_steepness("classifier", 4, 0, settings).splitlines()
     assert c == "classifier,4,0,c" + 4 * ",1.0000" and a.replace(",a,", ",b,") == b
+    drawn = landscape.READINGS["autoencoder"].items()
+    assert drawn <= train.with_defaults({}).items()         # Fig. 1 draws the default LAMP
 
 
 # ---- the READMEs ----
 
-COMMANDS = re.findall(r"(?:^ {4}|`)(?:.*&& )?(python \w+\.py[^`#\n]*)", README, re.M)
-MODULES = {path.stem: sys.modules.get(path.stem) for path in RESULTS.parent.glob("*.py")}
-LOOPS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"(?:^ {4}|`)(?:.*&& )?(python [\w/]+\.py[^`#\n]*)", README, re.M)
+TOP = ("lamp_loss", "autoencoder", "uniad", "data", "evaluate", "train", "landscape")
+MODULES = {name: sys.modules.get(name) or __import__(name) for name in TOP}
+LOOPS = re.findall(r"```python\n(.*?)```", (RESULTS.parent / "README.md").read_text(), re.S)
 
 
 def test_each_table_is_what_its_command_prints_and_each_command_of_results_runs():
-    tables_shown = re.findall(r"(?s)<!-- python results/tables.py (.*?) -->\n(.*?)\n<!--", README)
-    assert len(tables_shown) > 30
-    for command, printed in tables_shown:
-        assert call(tables.main, command).strip() == printed.strip(), command
+    shown = re.findall(r"(?s)<!-- python results/tables.py (.*?) -->\n(.*?)\n<!--", README)
+    assert len(shown) > 30
+    for command, table in shown:
+        assert call(tables.main, command).strip() == table.strip(), command
     for command in re.findall(r"(?m)(?:^ {4}|`)python results/tables.py ([^`\n]*)", README):
         call(tables.main, command.replace("figures/", ""))
     swept = re.findall(r"(?m)^ {4}python results/sweep.py (\w+)", README)
-    assert {*swept} == {*experiments.EXPERIMENTS}
+    assert set(swept) <= set(experiments.EXPERIMENTS)
+    finished = set(experiments.EXPERIMENTS) - set(experiments.UNFINISHED)
+    assert finished - set(experiments.RECORDED) <= set(swept)
 
 
-def test_each_command_in_the_readme_is_understood():
+def test_each_command_in_the_readmes_is_understood():
     assert len(COMMANDS) > 20
+    helps = {}
     for command in COMMANDS:
-        name, *argv = shlex.split(command)[1:]
-        if name == "train.py" and "--help" not in argv:
-            train.parse(argv)
-        elif argv and name != "test_all.py":
-            known = call(MODULES[name[:-3]].main, "--help")
-            assert all(a in known for a in argv if a.startswith("--")), command
+        path, *argv = shlex.split(command)[1:]
+        assert (RESULTS.parent / path).exists(), command
+        if path == "train.py" and not {"--help", "--resume"} & set(argv):
+            train.with_defaults(without_overwrite(train.parser().parse_args(argv)))
+        flags = [word for word in argv if word.startswith("--")]
+        if flags and path != "test_all.py":
+            helps[path] = helps.get(path) or help_of(path)
+            assert all(flag in helps[path] for flag in flags), command
 
 
-def test_the_readme_s_first_command_and_those_on_one_s_own_images_run():
-    folder = make_folder("bottle", root="my_images") / "bottle/test/hole"
-    shutil.copytree(folder, "new_images")
-    shutil.copy(folder / "000.png", "another.png")
-    small = "--backbone resnet18 --backbone-weights random --image-size 32"
-    for command in dict.fromkeys(c.strip() for c in COMMANDS):
-        if command == "python train.py" or re.search("my_images|runs/mine|runs/digits", command):
-            name, rest = command.split(maxsplit=2)[1], command.split(".py", 1)[1]
-            rest = rest.replace("--backbone efficientnet_lite2", small)
-            if name == "train.py":
-                rest += " --overwrite --threads 1"
-                rest += "" if "nearest" in rest else " --epochs 1"
-            call(MODULES[name[:-3]].main, rest, 0, 1)
+def without_overwrite(args):
+    return {key: value for key, value in vars(args).items() if key != "overwrite"}
+
+
+def help_of(path):
+    command = [sys.executable, str(RESULTS.parent / path), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_lamp_in_your_own_loop_runs_as_printed_and_prints_both_on_one_scale(capsys):
