@@ -99,7 +99,7 @@ def make_run(name, options, out, places, afresh):
         raise RuntimeError("no good")
     metrics = dict(image_auroc=0.5 + options["seed"] / 16, categories=dict(zero=dict()))
     record = dict(history=[], metrics=metrics, seconds=0.2, versions=dict(machine="m"))
-    return sweep.rows_of(record, {}), "made_with=this"
+    return sweep.rows_of(record, {{}}), "made_with=this"
 
 sweep.EXPERIMENTS["twelve"] = lambda: [dict(normal="0", seed=seed) for seed in range(12)]
 sweep.make_run, sweep.RESULTS = make_run, sweep.Path.cwd()
@@ -175,7 +175,7 @@ def test_a_table_pairs_the_means_over_seeds_category_by_category(monkeypatch):
             ("loss --where normal=3,seed=0", "l1 | 0.5000 | 0.9000 | +0.4000 | 1 of 1 |  |")):
         assert line in call(tables.main, f"x --rows {command}").splitlines()[2], command
     assert Path("z.png").exists()
-    for wrong, words in (("y", "there are x"), ("x --rows lr", "no option lr"),
+    for wrong, words in (("y", "There are x"), ("x --rows lr", "no option lr"),
                          ("x --where lr=1", "no lr"), ("x --where seed=9", "no run")):
         assert words in call(tables.main, wrong, 2)
 
