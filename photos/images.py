@@ -193,18 +193,6 @@ def read_photo(source, size, white=None):
     return Photo(torch.from_numpy(pixels).permute(2, 0, 1), picture, image.size)
 
 
-def turned(images, angle):
-    """Images (N, C, S, S) uint8, turned about their center by an angle in radians.
-
-    What the turn uncovers in the corners is filled by mirroring the image at its borders.
-    """
-    cos, sin = math.cos(angle), math.sin(angle)
-    turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
-    grid = F.affine_grid(turn, images.shape, align_corners=False)
-    y = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    return y.round().byte()
-
-
 # ---- what photos look like as a whole ----
 
 APPEARANCE = {                          # what is measured: words for less and more, the least

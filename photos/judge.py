@@ -176,7 +176,8 @@ class Judge:
         if limit is None:
             return "There is no threshold: too few photos were learned."
         if self.given is not None:
-            scores = self.calibration.scores[kind]
+            # The photos themselves come first, and after them the copies made of them.
+            scores = self.calibration.scores[kind][:self.calibration.images[kind]]
             above = int((scores > self.given).sum())
             return (f"Threshold {limit:.4g}, as given. {above} of the {len(scores)} good photos "
                     "that were learned exceed it.")
