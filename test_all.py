@@ -1381,16 +1381,17 @@ def with_copies(products, in_bank):
         copy_in_bank=torch.full((len(products.train),), in_bank))
 
 
-def test_nearest_tokens_bank_holds_so_many_tokens_of_so_many_images_and_their_copies():
+def test_nearest_tokens_bank_is_a_share_of_the_images_tokens_and_copies_compete_for_it():
     make_products("bolt")
     products = data.load("mvtec", "bolt", image_size=32)
     # Seven images are drawn, with grids of 2 x 2 tokens. The coreset is half of them.
-    for given, tokens in ((products, 7 * 4),
-                          (with_copies(products, in_bank=True), 2 * 7 * 4),
-                          (with_copies(products, in_bank=False), 7 * 4)):
+    for given in (products, with_copies(products, in_bank=True),
+                  with_copies(products, in_bank=False)):
         config = FEATURES | {"model": "nearest", "bank_images": 7, "coreset": 0.5}
         train.run(config, data=given)
-        assert len(opened(of=given)[0].bank) == tokens // 2
+        model = opened(of=given)[0]
+        assert len(model.bank) == 7 * 4 // 2
+        assert len(model.image.unique()) <= 7
 
 
 def test_a_saved_run_may_be_moved_and_gives_its_numbers_again():
@@ -1479,20 +1480,18 @@ def test_nearest_tokens_take_their_threshold_from_normals_left_out_in_turn(copie
     if copies != "none":
         d = with_copies(d, in_bank=copies == "in the bank")
     train.run(FEATURES | {"model": "nearest", "score": "sum", "fpr": 0.3}, data=d)
-    _, _, inputs, backbone, m = opened(of=d)
+    model, _, inputs, backbone, m = opened(of=d)
     assert len(inputs.train) == 20 and not len(inputs.calibration)
     assert m["categories"]["bolt"]["threshold_images"] == 20            # not 40
 
-    # An image is compared with all others and with their copies, but not its own copy.
-    # Copies that are not in the bank are compared as well.
-    banked = [d.train, d.copies] if copies == "in the bank" else [d.train]
+    # An image is compared with the bank's tokens of all others and of their copies, but
+    # not of its own copy. Copies that are not in the bank are compared as well.
+    assert len(model.bank) == 20 * 4
     compared = [d.train, d.copies] if copies == "apart" else [d.train]
-    bank = [backbone(data.to_float(x)).flatten(2).mT for x in banked]       # (20, 4, C)
     distances = []
     for x in compared:
         for i, tokens in enumerate(backbone(data.to_float(x)).flatten(2).mT):
-            others = torch.cat([part[torch.arange(20) != i] for part in bank])
-            others = others.flatten(0, 1)
+            others = model.bank[model.image != i]
             nearest = torch.cdist(tokens, others).topk(3, largest=False).indices
             distance = (others[nearest].mean(1) - tokens).norm(dim=1)
             distances.append(distance.view(2, 2))
