@@ -1,14 +1,14 @@
 """Evaluate: from the error of a reconstruction to AUROC, for every model here.
 
-    error = (x_hat - x)^2            an image, or features: large where it was never learned
-    score = the sum, mean or maximum of the error, or how far it lies above the error that
-            normal images have at the same place ("standardized")
-    image AUROC                      the chance that an anomaly's score exceeds a normal's
+    error = (x_hat - x)^2       of an image or features: large where it was not learned
+    score = the error's sum, mean or maximum; or "standardized", how far the error lies
+            above that of normal images at the same place
+    image AUROC                 the chance that an anomaly's score exceeds a normal's
 
-    python evaluate.py RUN...        the numbers and the pictures of saved runs, made again
+    python evaluate.py RUN...   the numbers and pictures of saved runs, made again
 
-The LAMP paper sums the squared error over an image (Sec. 3.1, "Evaluation metric"). UniAD
-takes the largest value of the anomaly map. Three rules hold for every number:
+The LAMP paper sums the squared error over an image (Sec. 3.1, "Evaluation metric").
+UniAD takes the largest value of the anomaly map. Three rules hold for every number:
   - AUROC below .5 stays below .5. (The authors' UniAD code reports .222 as .778.)
   - The last epoch counts, not the one that is best on the test images.
   - The threshold comes from normal images alone, see `threshold`.
@@ -40,7 +40,7 @@ METRICS = {"image_auroc": "image AUROC", "image_ap": "image AP",
 FEATURE_CACHE = "runs/features"
 
 
-# ---- metrics: to copy alone, with numpy, scipy.ndimage and sklearn.metrics as imported ----
+# ---- metrics: to copy alone, with math, numpy, ndimage and sklearn_metrics ----
 
 def auroc(scores, labels):
     """The chance that an anomaly (label 1) has a higher score than a normal image.
@@ -53,7 +53,7 @@ def auroc(scores, labels):
 
 
 def average_precision(scores, labels):
-    """The precision at each anomaly, ranked by score, on average. None as for `auroc`."""
+    """The mean precision at the anomalies, ranked by score. None as for `auroc`."""
     if len(np.unique(labels)) < 2:
         return None
     return float(sklearn_metrics.average_precision_score(labels, scores))
@@ -75,7 +75,7 @@ def aupro(maps, masks, limit=0.3):
     weight, defects = np.zeros(maps.shape), 0
     for i in np.flatnonzero(masks.any((1, 2))):
         parts, count = ndimage.label(masks[i], np.ones((3, 3)))
-        pixels = np.bincount(parts.ravel())                 # of each part, part 0 is no defect
+        pixels = np.bincount(parts.ravel())                 # part 0 is no defect
         weight[i] = np.where(parts > 0, 1 / pixels[parts], 0)
         defects += count
     if defects == 0 or masks.all():
@@ -93,16 +93,17 @@ def aupro(maps, masks, limit=0.3):
     inside = fpr <= limit
     x = np.append(fpr[inside], limit)
     y = np.append(overlap[inside], np.interp(limit, fpr, overlap))
-    return float(min(sklearn_metrics.auc(x, y) / limit, 1.0))       # 1 + 1e-16 is rounding
+    area = sklearn_metrics.auc(x, y) / limit
+    return float(min(area, 1.0))                            # 1 + 1e-16 is rounding
 
 
 def threshold(scores, fpr=0.05):
     """The threshold that a new normal image exceeds with a probability of at most fpr.
 
     scores: (n,), of normal images that were not trained on. It is their
-    ceil((n + 1) (1 - fpr))-th smallest (conformal prediction). With fewer than 1/fpr - 1
-    images no score is large enough. Then it is the largest one, and the probability is
-    1/(n + 1).
+    ceil((n + 1) (1 - fpr))-th smallest (conformal prediction). With fewer than
+    1/fpr - 1 images no score is large enough. Then it is the largest one, and the
+    probability is 1/(n + 1).
     """
     ordered = np.sort(np.asarray(scores, dtype=float))
     rank = math.ceil(round((len(ordered) + 1) * (1 - fpr), 9))
@@ -116,20 +117,20 @@ def error_maps(model, stored, prepare=to_float, leave_out=None):
     """The L2 error at each place: stored inputs (N, C, H, W) -> (N, H, W), on the CPU.
 
     prepare: makes of stored inputs what the model sees.
-    Of images (up to 3 channels) the error is (y_hat - y)^2, summed over the channels. Of
-    features it is the root of that, the distance between a token and its reconstruction.
+    Of images (up to 3 channels) the error is (y_hat - y)^2, summed over the channels.
+    Of features it is the root of that, the distance of a token to its reconstruction.
     leave_out: (N,), the number by which NearestToken leaves out an image's own tokens.
     """
-    parameter = next(model.parameters())
+    device = next(model.parameters()).device
     model.eval()
     maps = []
     for start in range(0, len(stored), 64):
-        x = prepare(stored[start:start + 64].to(parameter.device))          # (B, C, H, W)
+        x = prepare(stored[start:start + 64].to(device))            # (B, C, H, W)
         if leave_out is None:
             x_hat = model(x)
         else:
             x_hat = model(x, leave_out[start:start + 64])
-        error = (x_hat.float() - x).square().sum(1)                         # (B, H, W)
+        error = (x_hat.float() - x).square().sum(1)                 # (B, H, W)
         if x.shape[1] > 3:
             error = error.sqrt()
         maps.append(error.cpu())
@@ -143,13 +144,20 @@ def heat_maps(errors, size):
     """
     if errors.shape[-1] == size:
         return errors
-    return F.interpolate(errors[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
+    maps = F.interpolate(errors[:, None], (size, size), mode="bilinear",
+                         align_corners=True)
+    return maps[:, 0]
 
 
 def gaussian_blur(maps, sigma):
-    """Maps (N, H, W) blurred by a Gaussian of standard deviation sigma, borders repeated."""
-    blurred = ndimage.gaussian_filter(maps.numpy(), (0, sigma, sigma), mode="nearest", truncate=3)
-    return torch.from_numpy(blurred)
+    """Maps (N, H, W), each blurred by a Gaussian of standard deviation sigma.
+
+    Beyond its borders a map is continued with its border values.
+    """
+    of_each_axis = (0, sigma, sigma)                        # 0: not from map to map
+    smooth = ndimage.gaussian_filter(maps.numpy(), of_each_axis, mode="nearest",
+                                     truncate=3)
+    return torch.from_numpy(smooth)
 
 
 def place_statistics(errors):
@@ -169,7 +177,7 @@ def spread(std):
 
 
 def standardize(errors, statistics):
-    """How many spreads the errors (N, H, W) lie above the normals' mean at that place."""
+    """How many spreads errors (N, H, W) lie above the normals' mean at that place."""
     mean, width = statistics
     return (errors - mean) / width
 
@@ -224,7 +232,7 @@ class Calibration(NamedTuple):
     """What judging takes from normal images. It is saved with a run."""
     size: int                           # the side of the images in pixels
     statistics: dict                    # category: (2, H, W), see `place_statistics`
-    thresholds: dict                    # category: the threshold, or None without images
+    thresholds: dict                    # category: a number, or None without images
     images: dict                        # category: how many of its own images set it
     color_limit: float                  # the upper end of the heat maps' color scale
     scores: dict = None                 # category: the scores of those images, (n,)
@@ -239,7 +247,7 @@ class Judged(NamedTuple):
 
 
 def sees_features(c):
-    """Whether the model of this config sees features of a CNN, or else the image itself."""
+    """Whether the model of this config sees features, or else the image itself."""
     return c["backbone"] != "none"
 
 
@@ -249,10 +257,10 @@ def is_of(categories, name):
 
 
 def blurred(errors, c, size, divisor):
-    """Errors to standardize, or to draw: those of images blurred by size/divisor pixels.
+    """Errors to standardize or to draw: those of images blurred by size/divisor pixels.
 
-    The error of a single pixel is mostly noise. Features need no blur, and raw scores are
-    the papers' own.
+    The error of a single pixel is mostly noise. Features need no blur. Scores that are
+    not standardized are the papers' own, and stay as they are.
     """
     if sees_features(c) or c["score"] != "standardized":
         return errors
@@ -261,7 +269,7 @@ def blurred(errors, c, size, divisor):
 
 def category_scores(errors, names, c, calibration):
     """Errors (N, H, W) -> the score of each image if it were of category k: (N, K)."""
-    if c["score"] != "standardized":                        # does not depend on the category
+    if c["score"] != "standardized":                        # one for all categories
         scores = image_scores(heat_maps(errors, calibration.size), c["score"])
         return scores[:, None].expand(-1, len(names))
     errors = blurred(errors, c, calibration.size, 64)
@@ -328,7 +336,8 @@ def calibrate(model, c, inputs, size):
             maps.append(heat_maps(blurred(errors, c, size, 32), size))
 
     for name in calibration.scores:
-        calibration.thresholds[name] = threshold_of(name, calibration, c["score"], c["fpr"])
+        limit = threshold_of(name, calibration, c["score"], c["fpr"])
+        calibration.thresholds[name] = limit
     highest = float(np.quantile(torch.cat(maps), 0.999)) if maps else 0.0
     return calibration._replace(color_limit=2 * highest or 1.0)
 
@@ -346,13 +355,15 @@ def threshold_of(name, calibration, how, fpr):
 
 
 def judge(model, c, data, inputs):
-    """Judge the test set of a data set -> metrics (as in run.json), Judged, Calibration.
+    """Judge a test set -> metrics (as in run.json), Judged, Calibration.
 
     Each image's score is that of its category. Two more image AUROCs stand beside it:
     `auroc_not_given` takes each image's lowest score over all categories, as if its
     category were not known; `auroc_paper` takes the papers' own score.
     """
     calibration = calibrate(model, c, inputs, data.test.shape[-1])
+
+    # The score of each image by its own category, and its error as a heat map.
     names = list(calibration.thresholds)
     errors = error_maps(model, inputs.test, inputs.prepare)
     scores = category_scores(errors, names, c, calibration)                 # (M, K)
@@ -364,6 +375,7 @@ def judge(model, c, data, inputs):
         color_limit=calibration.color_limit)
     metrics = metrics_of(judged, data, calibration)
 
+    # The same AUROC by two other scores.
     how = "max" if sees_features(c) else "sum"
     papers = image_scores(heat_maps(errors, calibration.size), how)
     for key, other in (("auroc_not_given", scores.amin(1)), ("auroc_paper", papers)):
@@ -381,14 +393,15 @@ def judge(model, c, data, inputs):
 def metrics_of(judged, data, calibration):
     """Metrics of a test set: of each category, and their mean. None: does not apply.
 
-    fpr and tpr are the shares of normals and of anomalies above the threshold. An anomaly
-    without a mask counts for the image's metrics only.
+    fpr and tpr are the shares of normals and of anomalies above the threshold. An
+    anomaly without a mask counts for the image's metrics only.
     """
     categories = {}
     for name, limit in calibration.thresholds.items():
         mine = is_of(data.categories, name)
         scores, labels = judged.scores[mine], data.labels[mine]
-        m = {"image_auroc": auroc(scores, labels), "image_ap": average_precision(scores, labels),
+        m = {"image_auroc": auroc(scores, labels),
+             "image_ap": average_precision(scores, labels),
              "pixel_auroc": None, "pixel_aupro": None,
              "threshold": limit, "threshold_images": calibration.images[name]}
         if data.masks is not None:
@@ -425,8 +438,8 @@ def build_model(c, shape, bank_tokens=0):
     """
     channels, side, _ = shape
     if c["model"] == "ae":
-        return ConvAutoencoder(channels, c["depth"], c["width"], c["latent"], c["kernel_size"],
-                               c["patches"])
+        return ConvAutoencoder(channels, c["depth"], c["width"], c["latent"],
+                               c["kernel_size"], c["patches"])
     if c["model"] == "pca":
         return PCA(channels, side, c["components"])
     if c["model"] == "nearest":
@@ -435,16 +448,16 @@ def build_model(c, shape, bank_tokens=0):
         return FeatureMLP(channels, c["width"], c["depth"])
     if c["model"] == "cnn":
         return FeatureCNN(channels, c["width"], c["depth"])
-    return UniAD(channels, side, c["width"], layers=c["depth"], neighbors=c["neighbors"],
-                 jitter=c["jitter"], dropout=c["dropout"], query=c["query"])
+    return UniAD(channels, side, c["width"], layers=c["depth"], query=c["query"],
+                 neighbors=c["neighbors"], jitter=c["jitter"], dropout=c["dropout"])
 
 
 def open_backbone(c, device="cpu", state=None):
-    """The Backbone of a config, or None. state: a saved run, whose statistics it takes."""
+    """The Backbone of a config, or None. It takes the statistics of a saved state."""
     if not sees_features(c):
         return None
-    backbone = Backbone(c["backbone"], c["backbone_weights"], c["image_size"], c["standardize"],
-                        c["strides"], c["grid_stride"])
+    backbone = Backbone(c["backbone"], c["backbone_weights"], c["image_size"],
+                        c["standardize"], c["strides"], c["grid_stride"])
     if state is not None:
         backbone.set_statistics(*state["backbone"])
     return backbone.to(device)
@@ -453,20 +466,21 @@ def open_backbone(c, device="cpu", state=None):
 def open_data(c, device="cpu", state=None, data=None):
     """A config -> Data, Inputs, and Backbone or None.
 
-    data: where it does not come from `load`. state: a saved run. Raises ValueError where
-    the normal images are not those it was trained on, for its threshold would not hold.
+    data: where it does not come from `load`. state: a saved run. Raises ValueError
+    where the normal images are not those it was trained on: its threshold would not
+    hold.
     """
     if data is None and c["dataset"] == "photos":
-        raise ValueError("this run learned photos of your own: python photos/judge.py judges "
-                         "more of them, python photos/learn.py learns them again")
+        raise ValueError("this run learned photos: python photos/judge.py judges more "
+                         "of them, python photos/learn.py learns them again")
     if data is None:
         # The Backbone itself scales labeled images, which are small.
         scaled = c["dataset"] == "mvtec" or not sees_features(c)
         data = load(c["dataset"], c["normal"], c["data_dir"],
                     c["image_size"] if scaled else None, c["validate"])
     if state is not None and state["fingerprint"] != fingerprint_of(data):
-        raise ValueError("the normal images are not those this run was trained on: its data set "
-                         "has changed. Train again (--overwrite replaces a run)")
+        raise ValueError("the normal images are not those this run was trained on: its "
+                         "data set has changed. Train again (--overwrite replaces it)")
     backbone = open_backbone(c, device, state)
     fpr = None if c["model"] == "nearest" else c["fpr"]
     return data, to_inputs(data, c["seed"], fpr, backbone, FEATURE_CACHE), backbone
@@ -480,21 +494,22 @@ def fingerprint_of(data):
 def load_run(path, device="cpu", finished=True):
     """A run's folder -> state, the dict in its model.pt, and the model.
 
-    Nothing in the file is executed. finished: refuse a run whose training was cut short.
+    Nothing in the file is executed. finished: refuse a run that was cut short.
     Raises FileNotFoundError, and ValueError for a file that is damaged or of another
     version.
     """
     path = Path(path) / "model.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. A run is a folder that train.py or "
-                                "photos/learn.py wrote")
+        raise FileNotFoundError(f"{path}: no such file. A run is a folder that "
+                                "train.py or photos/learn.py wrote")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                              # of many kinds, all about this file
-        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values. It "
-                         f"was not loaded ({error!r:.80})") from None
+    except Exception as error:                              # many kinds, all about it
+        raise ValueError(f"{path} is damaged, or holds more than tensors and plain "
+                         f"values. It was not loaded ({error!r:.80})") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise ValueError(f"{path} is not a run of this version ({VERSION}): train it again")
+        raise ValueError(f"{path} is not a run of this version ({VERSION}): train it "
+                         "again")
     if finished and "calibration" not in state:
         raise ValueError(f"{path}: its training was cut short. Finish it with "
                          f"python train.py --resume {path.parent}")
@@ -503,7 +518,8 @@ def load_run(path, device="cpu", finished=True):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise ValueError(f"{path}: its tensors do not fit its config: {error}") from None
+        words = f"{path}: its tensors do not fit its config: {error}"
+        raise ValueError(words) from None
     return state, model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -520,8 +536,8 @@ def report(metrics, fpr):
     for name, row in rows.items():
         lines += about_threshold(name, row, fpr)
     if metrics["image_auroc"] is not None:
-        lines.append(f"image AUROC {metrics['image_auroc']:.4f}: the chance that an anomaly "
-                     "has a higher score than a normal image")
+        lines.append(f"image AUROC {metrics['image_auroc']:.4f}: the chance that an "
+                     "anomaly has a higher score than a normal image")
     return "\n".join(lines)
 
 
@@ -538,22 +554,25 @@ def about_threshold(name, row, fpr):
     lines.append(f"  On the test images: {false_alarms} of {normals} normal ones and "
                  f"{found} of {anomalies} anomalous ones exceed it.")
     if normals and stats.binomtest(false_alarms, normals, fpr, "greater").pvalue < 0.01:
-        lines.append(f"  WARNING: more normal test images exceed it than promised. They differ "
-                     "from those trained on: add images like them to these.")
+        lines.append("  WARNING: more normal test images exceed it than promised. They "
+                     "differ from those trained on: add images like them to these.")
     if row["image_auroc"] is not None and row["image_auroc"] < 0.6:
-        lines.append(f"  WARNING: image AUROC {row['image_auroc']:.2f} is hardly better than "
-                     "chance, or worse. Do not use these verdicts: try another model.")
+        lines.append(f"  WARNING: image AUROC {row['image_auroc']:.2f} is hardly "
+                     "better than chance, or worse. Do not use these verdicts: try "
+                     "another model.")
     return lines
 
 
 def promise(images, fpr):
-    """What a threshold that was set by so many normal images promises, as a sentence."""
+    """What a threshold set by so many normal images promises, as a sentence."""
     needed = math.ceil(round(1 / fpr, 9)) - 1
     if images >= needed:
-        return (f"About {fpr:.3g} of new normal images exceed it (promised from {images} "
-                "normal images).")
-    return (f"It was set by too few normal images to promise {fpr:.3g}: by {images}, where at "
-            f"least {needed} are needed. Up to {1 / (images + 1):.2g} of new ones may exceed it.")
+        return (f"About {fpr:.3g} of new normal images exceed it (promised from "
+                f"{images} normal images).")
+    most = 1 / (images + 1)
+    return (f"It was set by too few normal images to promise {fpr:.3g}: by {images}, "
+            f"where at least {needed} are needed. Up to {most:.2g} of new ones may "
+            "exceed it.")
 
 
 def printable(name):
@@ -567,7 +586,7 @@ def number(value, form=".4f"):
 # ---- what is drawn: the paper's Fig. 4 ----
 
 def draw_examples(path, runs, data, footer):
-    """The paper's Fig. 4: four normals and four anomalies, as each run reconstructs them.
+    """The paper's Fig. 4: four normals and four anomalies, as runs reconstruct them.
 
     runs: {name: (model, inputs, judged)}. The first one decides titles, color scale and
     the choice: from the smallest to the largest score, evenly.
@@ -602,8 +621,10 @@ def reconstruct(model, inputs, stored):
     x_hat = model.eval()(inputs.prepare(stored.to(device))).float()
     if inputs.images is None:
         return x_hat.cpu()
-    step = -(-len(inputs.train) // 400)                     # up to 400 images for the patches
-    features = [inputs.prepare(some.to(device)) for some in inputs.train[::step].split(64)]
+    step = -(-len(inputs.train) // 400)                     # of up to 400 images
+    features = []
+    for some in inputs.train[::step].split(64):
+        features.append(inputs.prepare(some.to(device)))
     return draw_tokens(x_hat, torch.cat(features), to_float(inputs.images[::step]))
 
 
@@ -615,11 +636,11 @@ def draw_tokens(f_hat, bank, images):
     bank: (M, C', g, g), the features of `images`, (M, C, H, W).
     """
     grid = f_hat.shape[-1]
-    tokens = bank.movedim(1, -1).flatten(0, 2)                              # (M g g, C')
+    tokens = bank.movedim(1, -1).flatten(0, 2)                      # (M g g, C')
     resized = F.interpolate(images, 16 * grid, mode="bilinear")
-    patches = F.unfold(resized, 16, stride=16).mT.flatten(0, 1)             # (M g g, C 16 16)
+    patches = F.unfold(resized, 16, stride=16).mT.flatten(0, 1)     # (M g g, C 16 16)
     nearest = [torch.cdist(f.flatten(1).T, tokens).argmin(1).cpu() for f in f_hat]
-    drawn = patches[torch.stack(nearest)]                                   # (N, g g, C 16 16)
+    drawn = patches[torch.stack(nearest)]                           # (N, g g, C 16 16)
     return F.fold(drawn.mT, 16 * grid, 16, stride=16)
 
 
@@ -643,9 +664,10 @@ def draw_columns(path, rows, titles, color_limit, footer):
             axis.set(xticks=[], yticks=[])
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=7, parse_math=False)
-    figure.supxlabel("\n".join(textwrap.wrap(footer, 160)), fontsize=7, parse_math=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")               # names in any script
+    footer = "\n".join(textwrap.wrap(footer, 160))
+    figure.supxlabel(footer, fontsize=7, parse_math=False)
+    with warnings.catch_warnings():                         # names in any script
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         figure.savefig(path, dpi=90)
 
 
@@ -663,18 +685,21 @@ def evaluate_run(run, data_dir=None, device="cpu"):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder that train.py wrote")
-    parser.add_argument("--data-dir", help="where data sets are (default: as in the run)")
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders by train.py")
+    parser.add_argument("--data-dir", help="where data are (default: as in the run)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--image", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.image is not None:
-        parser.error("new images are judged by: python photos/judge.py RUN FILE-OR-FOLDER...")
+        parser.error("new images are judged by: python photos/judge.py RUN "
+                     "FILE-OR-FOLDER...")
     try:
         for run in args.runs:
             evaluate_run(run, args.data_dir, args.device)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:    # of torch: no CUDA
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        # torch raises the last two where there is no such device.
         parser.exit(2, f"evaluate.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")
