@@ -6,12 +6,13 @@ are no skip connections, because an anomaly could pass around the code through t
     encoder layer    convolution -> batch normalization -> leaky ReLU
     decoder layer    upsampling -> convolution -> batch normalization -> leaky ReLU
 
-The paper uses six layers on each side, and four for MNIST (`depth`). It reconstructs
-some products patch by patch: the image is cut into n x n patches, each patch goes
-through the same network, and the results are put together again (`patches`).
+The paper uses six layers on each side, and four for MNIST (`depth`). It also
+tunes a number of patches: the image is cut into n x n patches, each patch goes through
+the same network, and the results are put together again (`patches`).
 
 The paper gives no numbers of filters, and it tunes the kernel size. What we chose:
-  - kernels of 3 x 3, stride 2, nearest-neighbor upsampling by 2, a leak of 0.2;
+  - kernels of 3 x 3, with a stride of 2 in the encoder;
+  - nearest-neighbor upsampling by 2 in the decoder, and a leak of 0.2;
   - `width` filters in the first layer, doubled in each layer up to 8 x width;
   - a sigmoid at the end instead of batch normalization and leaky ReLU, since images lie
     in [0, 1].
@@ -69,7 +70,7 @@ class ConvAutoencoder(nn.Module):
                  patches=1):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, to keep a layer's size, "
+            raise ValueError(f"kernel_size must be odd, so that its padding is even on both sides, "
                              f"got {kernel_size}")
         self.depth, self.patches = depth, patches
         padding = kernel_size // 2

@@ -1,4 +1,4 @@
-"""Data: any data set as a few tensors, normals to train on and labeled test images.
+"""Data: a data set as a few tensors, normals to train on and labeled test images.
 
     data = load("mnist", "3")       # train on the 3s alone, test on all 10,000 digits
     data.train                      # (N, C, H, W) uint8, normal images only
@@ -42,7 +42,8 @@ class Data(NamedTuple):
     labels: torch.Tensor                # (M,) int64
     categories: list                    # M names
     masks: torch.Tensor = None          # (M, H, W) bool, True where defective, or None
-    copies: torch.Tensor = None         # (K, C, H, W) uint8, made from some of `train`
+    # Only photos/ makes copies: images of `train`, moved or turned.
+    copies: torch.Tensor = None         # (K, C, H, W) uint8
     copy_of: torch.Tensor = None        # (K,), the number in `train` of each
     # (K,) bool: a memory bank holds it. The others only widen what counts as normal.
     copy_in_bank: torch.Tensor = None
@@ -362,8 +363,8 @@ def split(classes, seed, fpr=0.05):
     """Which of the normals to train on, and which to set aside for the threshold.
 
     classes: N names -> two tensors of indices, sorted. Of each class a tenth is set
-    aside, or as many as `fpr` needs (19 for 0.05), but at most a third. The seed draws
-    them. fpr=None sets none aside.
+    aside, or as many as `fpr` needs (19 for 0.05), but at most a third (of two
+    images, one). The seed draws them. fpr=None sets none aside.
     """
     if fpr is None:
         return torch.arange(len(classes)), torch.arange(0)

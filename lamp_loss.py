@@ -7,8 +7,9 @@ with a steeper loss:
     Eq. 2    L'     = L / max(L) * (1 - eps)        scale the error into [0, 1 - eps]
     Eq. 1    LAMP   = sum of -log(1 - L')           amplify it, element by element
 
-The slope of -log(1 - L') is 1 where the error is small and 1/eps where it is largest,
-so the worst pixels of an image dominate the training step.
+The slope of -log(1 - L') in L' is 1 at L' = 0 and 1/eps at the largest, 1 - eps. So the
+worst pixels of an image dominate the training step. The paper argues that a steeper
+loss makes a sharper loss landscape, in which a network generalizes less (landscape.py).
 
     criterion = ReconstructionLoss("l2", lamp=True)
     loss = criterion(y_hat, y)      # two tensors (B, C, H, W) with values in [0, 1]
@@ -16,8 +17,8 @@ so the worst pixels of an image dominate the training step.
 The paper leaves three choices open. They are arguments of `scale`: the value of eps,
 what the maximum is taken over, and whether the gradient flows through that maximum.
 The defaults were chosen on training images (results/README.md, "Which LAMP?").
-The sum in Eq. 1 runs over the elements of one image, as on the authors' poster
-(y_{h,w,c}). A batch is averaged.
+Eq. 1 writes the loss inside its sum without indices. We take it as the error of one
+element (h, w, c), as the authors' poster does, and average over a batch.
 
 Run this file to draw the paper's Fig. 2:  python lamp_loss.py
 """
@@ -106,7 +107,11 @@ BASE_LOSSES = {"l1": l1, "l2": l2, "ssim": ssim}
 # ---- LAMP ----
 
 def largest(error, over):
-    """Eq. 2's max(L): of each "image", (B, 1, ..., 1), or of the "batch", a scalar."""
+    """The maximum of Eq. 2.
+
+    over: "image" gives one for each image, (B, 1, ..., 1). "batch" gives one for all, a
+    scalar.
+    """
     if over == "batch":
         return error.max()
     maximum = error.flatten(1).amax(dim=1)                          # (B,)
@@ -119,15 +124,16 @@ def scale(error, eps=0.03, over="image", detach=True):
     """Eq. 2: L' = L / max(L) * (1 - eps), in [0, 1 - eps]: (B, ...) -> (B, ...).
 
     error: values of 0 or more, from any base loss. Its dtype is kept.
-    eps: how far the largest error stays below 1. The largest slope of LAMP is 1/eps.
-        The paper gives no value.
+    eps: how far the largest L' stays below 1. The largest slope in L' is 1/eps. The
+        paper gives no value.
     over: "image" divides each image by its own largest error, so that every image
         counts equally. "batch" divides all of them by the largest error of the batch,
         so that badly reconstructed images count more.
-    detach: if True, no gradient flows through the maximum. If False, one does, and it
-        pushes the largest error up as strongly as it pulls all the others down.
-    Raises ValueError for another `over`, and for an eps that is not below 1 or that is
-    so small that 1 - eps would be rounded to 1, where the logarithm is infinite.
+    detach: if True, no gradient flows through the maximum. If False, one does, and a
+        step also makes the largest error larger. Weighted by the errors, the slopes
+        then sum to 0.
+    Raises ValueError for another `over`, and for an eps that is not below 1, or so small
+    that the dtype rounds 1 - eps to 1. The logarithm would be infinite there.
     """
     if over not in ("image", "batch"):
         raise ValueError(f'over must be "image" or "batch", got {over!r}')
@@ -138,13 +144,13 @@ def scale(error, eps=0.03, over="image", detach=True):
     maximum = largest(error, over)
     if detach:
         maximum = maximum.detach()
-    # An image without any error would be 0/0. The bound makes it 0.
+    # An image without any error would give 0/0. With this bound it gives 0.
     maximum = maximum.clamp(min=max(precision.tiny, 1e-30))
     return error / maximum * (1 - eps)
 
 
 def lamp(error, eps=0.03, over="image", detach=True):
-    """Eq. 1 before its sum, -log(1 - L'), with L' from Eq. 2: (B, ...) -> (B, ...).
+    """The terms of Eq. 1's sum, -log(1 - L'), of each element: (B, ...) -> (B, ...).
 
     The values lie in [0, -log(eps)], never below L'. Arguments are those of `scale`.
     Pitfall: Eq. 2 divides by the maximum, so lamp(c * error) equals lamp(error). The

@@ -39,7 +39,7 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD):
   6. Features are rounded to float16, so that cached and computed ones agree.
   7. train.py's defaults take minutes instead of days: the optimizer Muon, no dropout,
      and jitter 5. A scale of 20 would add noise of variance 400/C = 1.5 to features of
-     variance 1. Trained models leave only 0.2 of that variance unexplained.
+     variance 1. The error of a trained model has a variance of only 0.2.
 """
 import math
 
@@ -93,7 +93,6 @@ class Backbone(nn.Module):
                              f"such as {max(16, size // 16 * 16)}")
         self.name, self.size, self.grid = name, size, size // grid_stride
         self.strides = tuple(strides)
-        self.standardizes = standardize
         self.fitted = not standardize                   # may `standardize` be called?
 
         # Random weights are always the same, and the caller's random numbers go on.
@@ -152,7 +151,7 @@ class Backbone(nn.Module):
         return features
 
     def standardize(self, features):
-        """Features of `extract` -> float32, each channel with mean 0 and variance 1."""
+        """Features of `extract` -> (features - mean) / std, float32."""
         if not self.fitted:
             raise ValueError(
                 "this Backbone has no mean and std yet: call fit_statistics("
@@ -314,7 +313,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, position):
-        # Each token looks at all the others, its neighbors masked.
+        # Each token looks at all tokens outside its neighborhood.
         attended = self.attention(x + position, x + position, x)
         x = self.norm1(x + self.dropout(attended))
 
@@ -328,8 +327,8 @@ class DecoderLayer(nn.Module):
     memory: the encoder's output m, (B, N, D).
     previous: the output of the decoder layer before this one, (B, N, D). The first
         layer gets the memory. -> (B, N, D)
-    learned: False leaves the query out, and `previous` takes its place. The residual
-        connection then carries the memory past the mask.
+    learned: False takes `previous` as the query instead. The residual connection then
+        adds it without a mask, so that a copy of the memory is possible.
     """
 
     def __init__(self, tokens, dim, heads, hidden, dropout, mask, learned=True):
@@ -417,7 +416,8 @@ class UniAD(nn.Module):
         for layer in self.encoder:
             m = layer(m, position)
 
-        # The decoder starts at learned queries and asks the memory, layer by layer.
+        # Each decoder layer asks the memory, and then the layer before it. The first
+        # layer has none before it, and takes the memory once more.
         x = m
         for layer in self.decoder:
             x = layer(m, x, position)                               # (B, N, D)
