@@ -70,8 +70,8 @@ class ConvAutoencoder(nn.Module):
                  patches=1):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, so that its padding is even on both sides, "
-                             f"got {kernel_size}")
+            raise ValueError("kernel_size must be odd, so that its padding is even on "
+                             f"both sides, got {kernel_size}")
         self.depth, self.patches = depth, patches
         padding = kernel_size // 2
 

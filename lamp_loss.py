@@ -132,8 +132,8 @@ def scale(error, eps=0.03, over="image", detach=True):
     detach: if True, no gradient flows through the maximum. If False, one does, and a
         step also makes the largest error larger. Weighted by the errors, the slopes
         then sum to 0.
-    Raises ValueError for another `over`, and for an eps that is not below 1, or so small
-    that the dtype rounds 1 - eps to 1. The logarithm would be infinite there.
+    Raises ValueError for another `over`, and for an eps that is not below 1, or so
+    small that the dtype rounds 1 - eps to 1. The logarithm would be infinite there.
     """
     if over not in ("image", "batch"):
         raise ValueError(f'over must be "image" or "batch", got {over!r}')
