@@ -85,6 +85,7 @@ def test_a_run_s_rows_are_those_of_its_run_json_with_pull_and_spread():
     assert whole["image_auroc"] == m["image_auroc"] and whole["pull"] and whole["spread"]
     assert [row["category"] for row in parts] == ["bolt", "nut"]
     assert all(row.items() >= m["categories"][row["category"]].items() for row in parts)
+    assert whole["machine"] == train.machine_name("cpu")
     wrong = {**options, "components": -1}
     with pytest.raises(RuntimeError, match="ValueError.*components -1.*see lost/log.txt"):
         sweep.make_run("table1", wrong, "lost", places, True)
@@ -128,9 +129,48 @@ def test_a_sweep_goes_on_after_kill_9_and_ctrl_c_without_a_row_twice_or_lost():
     assert held[0] < held[1] < whole and whole.startswith(held[0]) and whole.startswith(held[1])
     seeds = [int(line.split(",")[0]) for line in whole.splitlines()[2:]]
     assert sorted(seeds) == [0, *range(2, 12)]
-    again = subprocess.run([*command, "--only", "seed=3"], capture_output=True, text=True)
-    assert re.search(r"image_auroc +0.6875 +0.6875 +\+0", again.stdout)
+    only = [*command, "--only", "seed=3"]
+    checked = subprocess.run(only, capture_output=True, text=True)
+    assert re.search(r"image_auroc +0.6875 +0.6875 +\+0", checked.stdout)
+    assert "equal to the last digit" in checked.stdout
     assert Path("twelve.csv").read_text() == whole
+
+    # --again replaces the row, in its place.
+    wrong = whole.replace("0.6875", "0.9")
+    Path("twelve.csv").write_text(wrong)
+    again = subprocess.run([*only, "--again"], capture_output=True, text=True)
+    assert "DIFFERENT: image AUROC differs by 0.21" in again.stdout
+    assert Path("twelve.csv").read_text() == whole
+
+
+def test_a_trained_model_may_differ_by_005_between_machines_a_solved_one_by_0005():
+    for model, limit in (("ae", 0.005), ("uniad", 0.005), ("pca", 0.0005), ("nearest", 0.0005)):
+        run = {"model": model}
+        assert "equal" in sweep.verdict(0.9, 0.9, run)
+        assert "within what machines differ by" in sweep.verdict(0.9, 0.9 - 0.9 * limit, run)
+        assert "DIFFERENT" in sweep.verdict(0.9, 0.9 + 1.1 * limit, run)
+
+
+def test_a_run_goes_on_only_with_its_own_options():
+    config = dict(depth=2, epochs=1, pictures=False, out="run")
+    assert not sweep.is_begun(train, config)                # there is none yet
+    train.run(config, report=False)
+    assert sweep.is_begun(train, {**config, "data_dir": "elsewhere"})
+    assert not sweep.is_begun(train, {**config, "seed": 1})
+
+
+def test_rows_made_with_other_options_are_not_mixed_with_new_ones(monkeypatch):
+    monkeypatch.setattr(sweep, "RESULTS", Path())
+    runs = list(experiments.EXPERIMENTS["pca"]())
+    row = dict(runs[0], epoch=0, category="0", image_auroc=0.9, seconds=1, machine="m")
+    sweep.write_csv(Path("pca.csv"), runs, [], [row])
+    assert len(sweep.plan("pca", "", False, {})) == len(runs) - 1
+    changed = Path("pca.csv").read_text().replace("image_size=32", "image_size=64")
+    Path("pca.csv").write_text(changed)
+    with pytest.raises(ValueError, match="delete the file"):
+        sweep.plan("pca", "", False, {})
+    with pytest.raises(ValueError, match="earlier version"):
+        sweep.plan("photos", "", False, {})
 
 
 def test_without_its_logarithm_lamp_is_eq_2_alone():
@@ -326,11 +366,29 @@ def test_each_command_in_the_readmes_is_understood():
             assert all(flag in helps[path] for flag in flags), command
 
 
+def test_the_runs_that_figures_are_drawn_of_are_those_that_the_sweep_makes():
+    made = set()
+    for name, experiment in experiments.EXPERIMENTS.items():
+        runs = list(experiment())
+        columns = sweep.columns_of(runs)
+        made |= {f"runs/{name}/{sweep.name_of(run, columns)}" for run in runs}
+    folders = dict(re.findall(r"(?m)^ {4}(\w)=(runs/\S+)$", README))
+    drawn = re.findall(r"(?m)^ {4}python results/figures.py examples \S+ (.*\$.*)$", README)
+    words = [word for line in drawn for word in line.split()]
+    assert len(words) >= 6
+    for word in words:                                      # "$r=False,seed=0"
+        path = folders[word[1]] + word[2:]
+        assert path.replace("$c", "capsule") in made
+
+
 def without_overwrite(args):
     return {key: value for key, value in vars(args).items() if key != "overwrite"}
 
 
 def help_of(path):
+    loaded = sys.modules.get(Path(path).stem)
+    if loaded and Path(loaded.__file__) == RESULTS.parent / path:
+        return call(loaded.main, "--help")
     command = [sys.executable, str(RESULTS.parent / path), "--help"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
