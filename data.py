@@ -392,30 +392,32 @@ def split(classes, seed, fpr=0.05):
 def cached_features(backbone, images, names, folder):
     """Features of images (N, C, H, W) uint8, not standardized: (N, C', g, g) float16.
 
-    names: the category of each. Each category has one file in `folder`, named by a hash
-    of its images and of the backbone, so that features are computed once. Where the
-    file cannot be written, a line says so. folder=None keeps none.
+    names: the category of each, for the lines that tell how far it has come. Each image
+    has a file in `folder`, named by a hash of the image and of the backbone. So features
+    are computed once, and only new images take time. Where a file cannot be written, a
+    line says so. folder=None keeps none.
     """
     fingerprint = fingerprint_of(backbone)
     shape = len(backbone.mean), backbone.grid, backbone.grid
     features = torch.empty(len(images), *shape, dtype=torch.half)
-    for name in sorted(set(names)):
-        index = [i for i, other in enumerate(names) if other == name]
-        members = images[index]                             # of this category
-
+    paths, missing = {}, {}                                 # missing: {category: numbers}
+    for i, image in enumerate(images):
         # Read the features if they are on disk already.
-        of_category = None
+        kept = None
         if folder:
-            content = fingerprint + members.numpy().tobytes()
-            path = Path(folder, f"{hashlib.sha256(content).hexdigest()}.npz")
-            of_category = read_features(path, (len(members), *shape))
+            content = fingerprint + image.numpy().tobytes()
+            paths[i] = Path(folder, f"{hashlib.sha256(content).hexdigest()}.npz")
+            kept = read_features(paths[i], shape)
+        if kept is None:
+            missing.setdefault(names[i], []).append(i)
+        else:
+            features[i] = kept
 
-        # Compute them if they are not, and keep them.
-        if of_category is None:
-            of_category = compute_features(backbone, members, name)
-            if folder:
-                keep_features(path, of_category)
-        features[index] = of_category
+    # Compute them if they are not, and keep them.
+    for name, numbers in sorted(missing.items()):
+        features[numbers] = compute_features(backbone, images[numbers], name)
+        if folder:
+            keep_features([paths[i] for i in numbers], features[numbers])
     return features
 
 
@@ -449,16 +451,18 @@ def fingerprint_of(backbone):
     return digest.digest()
 
 
-def keep_features(path, features):
-    """Write features to their file. Where that fails, a line says so."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, features=features.numpy())
-    except OSError as error:
-        # A full disk may have left a part of the file.
-        with contextlib.suppress(OSError):
-            path.unlink()
-        print(f"features are not kept for the next run: {error}")
+def keep_features(paths, features):
+    """Write each image's features to its file. Where that fails, a line says so."""
+    for path, of_image in zip(paths, features):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path, features=of_image.numpy())
+        except OSError as error:
+            # A full disk may have left a part of the file.
+            with contextlib.suppress(OSError):
+                path.unlink()
+            print(f"features are not kept for the next run: {error}")
+            return
 
 
 def with_progress(items, what, total):

@@ -741,7 +741,7 @@ def test_cached_features_equal_the_backbone_s_and_a_damaged_file_is_never_used()
     assert torch.equal(cached(), expected)                          # computed
     assert torch.equal(cached(), expected)                          # read
     paths = sorted(Path("cache").iterdir())
-    assert len(paths) == 2                                          # a file a category
+    assert len(paths) == 6                                          # a file an image
     for path in paths:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 255
@@ -759,7 +759,7 @@ def test_other_images_and_another_backbone_have_other_files_of_features():
             (4, Backbone("resnet18", "random", 32, standardize=False), x)):
         features = data.cached_features(backbone, stored, ["a"] * 2, "cache")
         assert torch.equal(features, backbone.extract(data.to_float(stored)))
-        assert len(list(Path("cache").iterdir())) == count
+        assert len(list(Path("cache").iterdir())) == 2 * count      # a file an image
 
 
 def test_features_that_cannot_be_kept_are_computed_and_a_line_says_so(capsys):
