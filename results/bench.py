@@ -102,7 +102,7 @@ def bench_autoencoder():
 
 
 class AuthorsAttention(nn.MultiheadAttention):
-    """The layer of UniAD's authors, restated: tokens first, a token's weights returned."""
+    """The layer of UniAD's authors, restated: tokens first, the weights returned."""
 
     def __init__(self, dim, heads, mask):
         super().__init__(dim, heads, 0.1)
@@ -138,14 +138,15 @@ def bench_uniad():
     backbone = Backbone(weights="random", standardize=False)
     x = images(16, 224, 3)
     features = backbone.extract(data.to_float(x))
-    fit = functools.partial(train.fit, ours, criterion=nn.MSELoss(), epochs=1, batch_size=8)
+    fit = functools.partial(train.fit, ours, criterion=nn.MSELoss(), epochs=1,
+                            batch_size=8)
     ratio("an epoch of UniAD, features by B4 each time / from the cache",
           lambda: fit(x, prepare=lambda x: backbone(data.to_float(x))),
           lambda: fit(features, prepare=backbone.standardize))
 
 
 def bench_step():
-    """Where a step's time goes, and what its products would take at a large one's rate."""
+    """Where a step's time goes, and what its products take at a large one's rate."""
     model, batch = UniAD(dropout=0.0), torch.randn(8, 272, 14, 14)
     optim = train.Muon(model, 0.01, 1e-4)
     square = torch.randn(2048, 2048, dtype=torch.bfloat16)
@@ -172,12 +173,12 @@ def bench_step():
     flop = counter.get_total_flops() - of_product
     print(f"a UniAD training step with amp, batch 8: forward {forward:.3f} s, backward "
           f"{backward:.3f} s, Muon {muon:.3f} s;\n  {flop / 1e9:.0f} GFLOP of matrix "
-          f"products, {flop / of_product * product:.3f} s at the rate of 2048 x 2048 ones, "
-          f"{of_product / product / 1e9:.0f} GFLOP/s")
+          f"products, {flop / of_product * product:.3f} s at the rate of 2048 x 2048 "
+          f"ones, {of_product / product / 1e9:.0f} GFLOP/s")
 
 
 def bench_memory():
-    """Seconds and memory by the number of images. In this order: it is the peak so far."""
+    """Seconds and memory by the number of images, upward: memory is the peak so far."""
     import resource                                 # not on Windows
     for n in (5000, 10000, 20000):
         x, model, start = images(n, 32), ConvAutoencoder(), time.perf_counter()
@@ -189,7 +190,8 @@ def bench_memory():
 
 
 def main():
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of 5 turns")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; "
+          "medians of 5 turns")
     bench_memory()
     bench_autoencoder()
     bench_step()

@@ -1,13 +1,12 @@
 """Figures: runs of train.py side by side.
 
-    python results/figures.py examples OUT.jpg RUN...   the LAMP paper's Fig. 4: the same
-                                                        test images, as each run
-                                                        reconstructs them
+    python results/figures.py examples OUT.jpg RUN...   test images, as runs see them
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
-    python results/figures.py copying OUT.png           AUROC over epochs and over training
-                                                        error, from results/table1.csv
+    python results/figures.py copying OUT.png           does AUROC fall with copying?
 
-Start it in the repository's folder, after the runs have been made (results/sweep.py).
+`examples` is the LAMP paper's Fig. 4: the same test images, as each run reconstructs
+them. `copying` draws AUROC over epochs and over training error, from table1.csv. Start
+it in the repository's folder, after the runs have been made (results/sweep.py).
 """
 import argparse
 import json
@@ -28,8 +27,8 @@ CURVES = ("base_error", "image_auroc", "pixel_auroc")
 def examples(out, runs, data_dir):
     """Input, reconstruction and error of each run, and the mask.
 
-    Four normals and four anomalies are drawn, from the smallest score of the first run to
-    the largest. Raises ValueError where another run has other test images.
+    Four normals and four anomalies are drawn, from the smallest score of the first run
+    to the largest. Raises ValueError where another run has other test images.
     """
     sys.path.insert(0, str(ROOT))
     import evaluate as ev                           # here alone: it takes seconds
@@ -53,7 +52,7 @@ def examples(out, runs, data_dir):
 
 
 def title_of(c):
-    """A run in words: "L2-LAMP". Of other models than the autoencoder also their name."""
+    """A run in words: "L2-LAMP", and of other models than ae also their name."""
     if "loss" not in c:
         return c["model"]
     loss = c["loss"].upper() + ("-LAMP" if c["lamp"] else "")
@@ -63,7 +62,7 @@ def title_of(c):
 def curves(out, runs, data_dir=None):
     """A panel for each of CURVES that some run has, with a line for each run."""
     records = [json.loads(Path(run, "run.json").read_text()) for run in runs]
-    points = {key: {} for key in CURVES}            # {curve: {number of a run: its points}}
+    points = {key: {} for key in CURVES}            # {curve: {number of a run: points}}
     for key in CURVES:
         for number, record in enumerate(records):
             known = [(h["epoch"], h[key]) for h in record["history"]
@@ -90,9 +89,9 @@ def curves(out, runs, data_dir=None):
 def equal_error(plain, lamp):
     """How far LAMP's AUROC is ahead of L2's, when L2 had the same training error.
 
-    plain, lamp: curves of one class, [(epoch, training error, AUROC), ...]. LAMP counts at
-    its last epoch. L2's AUROC between two epochs lies on a line. None where L2 never had
-    that training error.
+    plain, lamp: curves of one class, [(epoch, training error, AUROC), ...]. LAMP counts
+    at its last epoch. L2's AUROC between two epochs lies on a line. None where L2 never
+    had that training error.
     """
     _, error, auroc = lamp[-1]
     errors, aurocs = zip(*sorted(point[1:] for point in plain))
@@ -102,11 +101,15 @@ def equal_error(plain, lamp):
 
 
 def judged_on_the_way():
-    """Curves of table1 at batch size 32 -> {loss: {(class, seed): [(epoch, ...), ...]}}."""
+    """Curves of table1 at batch size 32 -> {loss: {(class, seed): curve}}.
+
+    A curve is [(epoch, training error, AUROC), ...].
+    """
     found = {"L2": defaultdict(list), "L2-LAMP": defaultdict(list)}
     for row in map(with_setting, read("table1")):
-        if row["batch_size"] == 32 and row["seed"] > 0:     # seed 0 was judged at its end
-            curve = found["L2-LAMP" if row["lamp"] else "L2"][row["category"], row["seed"]]
+        if row["batch_size"] == 32 and row["seed"] > 0:     # seed 0: at its end only
+            loss = "L2-LAMP" if row["lamp"] else "L2"
+            curve = found[loss][row["category"], row["seed"]]
             curve.append((row["epoch"], row["base_error"], row["image_auroc"]))
     return found
 
@@ -123,7 +126,7 @@ def print_at_equal_error(found):
 
 
 def copying(out, runs, data_dir=None):
-    """Does AUROC fall as a model learns to copy? And at equal copying, who detects more?
+    """Does AUROC fall as a model learns to copy? At equal copying, who detects more?
 
     The mean curves of a code of 2x2x128 at batch size 32, and a line of print.
     """
@@ -142,7 +145,8 @@ def copying(out, runs, data_dir=None):
     over_error.minorticks_off()
     over_error.set_xticks([0.02, 0.01, 0.005], ["0.02", "0.01", "0.005"])
     figure.legend(loc="outside upper left", ncols=2, fontsize=8)
-    figure.suptitle("MNIST, a code of 2x2x128, batch size 32, seeds 1 and 2", fontsize=9)
+    title = "MNIST, a code of 2x2x128, batch size 32, seeds 1 and 2"
+    figure.suptitle(title, fontsize=9)
     figure.supxlabel(f"python results/figures.py copying {out}", fontsize=7)
     figure.savefig(out, dpi=110)
 
@@ -157,7 +161,7 @@ def main(argv=None):
     add("figure", choices=FIGURES)
     add("out", help="the picture")
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
-    add("--data-dir", help="where the data sets are (default: where the run found them)")
+    add("--data-dir", help="where the data sets are (default: as in the run)")
     args = parser.parse_args(argv)
     if bool(args.runs) == (args.figure == "copying"):
         parser.error("name runs, but none for copying, which reads results/table1.csv")

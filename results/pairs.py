@@ -1,14 +1,14 @@
 """Pairs: from the CSV files beside this to runs without and with LAMP, with statistics.
 
-Runs come in pairs, without and with LAMP, of one seed and one category. The seeds of one
-category are no independent sample of categories, so its mean over seeds is taken first.
-Then, over categories (or over seeds, of the mean over categories: --over seeds):
+Runs come in pairs, without and with LAMP, of one seed and one category. The seeds of
+one category are no independent sample of categories, so its mean over seeds is taken
+first. Then, over categories (or over seeds, of the mean over categories: --over seeds):
 
     difference    the mean of the paired differences, with LAMP minus without
     ±             the 95 % Student-t interval of a mean of n: t(n - 1) s / sqrt(n)
     p             the exact two-sided sign test: if LAMP were as likely ahead as behind,
-                  how likely is a split at least as uneven? Ties are left out. It is empty
-                  below two pairs.
+                  how likely is a split at least as uneven? Ties are left out. It is
+                  empty below two pairs.
 """
 import csv
 import itertools
@@ -43,7 +43,7 @@ def parse(text):
 
 
 def read(name):
-    """results/NAME.csv -> its rows, {option or metric: value}, those of its comment too."""
+    """results/NAME.csv -> its rows, {option or metric: value}, with its comment's."""
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         known = ", ".join(sorted(other.stem for other in RESULTS.glob("*.csv")))
@@ -64,8 +64,8 @@ def read(name):
 def with_setting(row):
     """A row with what it says without a column.
 
-    That is `setting`, unified or separate, and that a run without LAMP has none of LAMP's
-    options.
+    That is `setting`, unified or separate, and that a run without LAMP has none of
+    LAMP's options.
     """
     classes = str(row["normal"])
     setting = "unified" if classes == "all" or "," in classes else "separate"
@@ -79,8 +79,8 @@ def with_setting(row):
 def counts(row, metric, each_epoch):
     """Whether a table of `metric` counts this row.
 
-    A table with a row for each epoch takes whole runs. Others take the last epoch: of each
-    category, where it is a metric of categories, or else of the whole run.
+    A table with a row for each epoch takes whole runs. Others take the last epoch: of
+    each category, where it is a metric of categories, or else of the whole run.
     """
     if row.get(metric) is None:
         return False
@@ -104,8 +104,8 @@ def cells_of(rows, keys, metric, over):
     Each side is {category: mean over the seeds}; over="seeds": {seed: mean over the
     categories}. The plain runs are those that the runs with LAMP are compared with,
     whatever the options of LAMP are. Runs of a seed and category that only one side has
-    are left out. Raises ValueError where runs of one cell differ in an option that is not
-    among `keys`.
+    are left out. Raises ValueError where runs of one cell differ in an option that is
+    not among `keys`.
     """
     sides = sides_of(rows, keys, metric, over)
     if not sides:
@@ -125,7 +125,7 @@ def cells_of(rows, keys, metric, over):
 
 
 def sides_of(rows, keys, metric, over):
-    """Rows -> {values of keys: ({(unit, other): row} without LAMP, the same with LAMP)}.
+    """Rows -> {values of keys: (plain, lamp)}, each {(unit, other): row}.
 
     unit: what a table's intervals are over, a category or a seed. other: the other one.
     """
@@ -143,8 +143,8 @@ def sides_of(rows, keys, metric, over):
         run = sides[values][row["lamp"]].setdefault((row[unit], row[other]), row)
         if run is not row:
             names = ", ".join(differing(run, row))
-            raise ValueError(f"runs of one row differ in {names}: name that in --rows, or "
-                             "choose by --where or --best-of")
+            raise ValueError(f"runs of one row differ in {names}: name that in --rows, "
+                             "or choose by --where or --best-of")
     return sides
 
 
@@ -182,7 +182,8 @@ def pick(settings, category, chosen_on):
             seen = [value for name, value in setting.items() if name != category]
         scores.append(np.mean(seen) if seen else -np.inf)
     if max(scores) == -np.inf:
-        raise ValueError(f"--chosen-on others: there is no other category than {category}")
+        raise ValueError("--chosen-on others: there is no other category than "
+                         f"{category}")
     return settings[int(np.argmax(scores))]
 
 
@@ -214,13 +215,14 @@ def best_cells(rows, keys, metric, options, chosen_on):
 
 def cells_for(experiments, keys, metric="image_auroc", best_of=(), chosen_on="itself",
               over="categories", where=()):
-    """The cells of a table, from the experiments' names. where: {option: allowed values}."""
+    """The cells of a table of experiments. where: {option: allowed values}."""
     rows = []
     for name in experiments:
         rows += [with_setting(row) for row in read(name)]
     for option, allowed in dict(where).items():
         if option not in rows[0]:
-            raise ValueError(f"--where: no {option} here. There are {', '.join(rows[0])}")
+            raise ValueError(f"--where: no {option} here. There are "
+                             f"{', '.join(rows[0])}")
         rows = [row for row in rows if row.get(option) in allowed]
         if not rows:
             raise ValueError(f"--where: no run has {option} "
@@ -233,7 +235,7 @@ def cells_for(experiments, keys, metric="image_auroc", best_of=(), chosen_on="it
 # ---- statistics ----
 
 def interval(values):
-    """Half the width of the 95 % Student-t interval of the mean of two or more values."""
+    """Half the width of the 95 % Student-t interval of the mean of several values."""
     return float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
 
 
@@ -252,7 +254,7 @@ def differences(cell):
 
 
 def sign_test(values):
-    """How often a difference is above 0, as text, and p of the exact two-sided sign test."""
+    """Texts: how often a difference is above 0, and p of the exact sign test."""
     if not values:
         return "", ""
     ahead, behind = sum(x > 0 for x in values), sum(x < 0 for x in values)

@@ -1,10 +1,10 @@
-"""Steepness: how many times steeper LAMP's loss landscape is than L2's, by three meanings.
+"""Steepness: how much steeper LAMP's loss landscape is than L2's, in three senses.
 
     python results/steepness.py          # rows of results/steepness.csv, about an hour
 
-Two networks (the autoencoder of Fig. 1, the encoder of Fig. 3), three batch sizes, three
-seeds. Each is compared with the L2 model under L2, by the mean over four pairs of random
-directions:
+Two networks (the autoencoder of Fig. 1, the encoder of Fig. 3), three batch sizes,
+three seeds. Each is compared with the L2 model under L2, by the mean over four pairs of
+random directions:
     a    the L2 model, seen through LAMP
     b    the LAMP model under LAMP, as the paper draws it
     c    the LAMP model under L2, so that both are seen under one loss
@@ -38,7 +38,8 @@ def steepness(z, xs, ys):
     along_y = np.diff(z, 2, axis=1).mean() / (ys[1] - ys[0]) ** 2
     curvature = (along_x + along_y) / 2
     center = z[len(xs) // 2, len(ys) // 2]
-    return {"gradient": gradient, "curvature": curvature, "gradient_per_loss": gradient / center,
+    return {"gradient": gradient, "curvature": curvature,
+            "gradient_per_loss": gradient / center,
             "curvature_per_loss": curvature / center}
 
 
@@ -46,7 +47,8 @@ def mean_steepness(network, model, lamp, x, y, seed, settings):
     """`steepness` under L2 or L2-LAMP, the mean over four pairs of directions: (4,)."""
     found = []
     for pair in range(4):
-        criterion = criterion_of("l2", lamp, **READINGS[network], maximum=settings.maximum)
+        criterion = criterion_of("l2", lamp, **READINGS[network],
+                                 maximum=settings.maximum)
         z = model_surface(model, criterion, x, y, settings.xs, 10 * seed + pair)
         found.append(list(steepness(z, settings.xs, settings.xs).values()))
     return np.mean(found, axis=0)
@@ -81,11 +83,14 @@ def measure_steepness(network, batch_size, seed, settings):
 
 def header(settings):
     """The first two lines of the CSV: what all rows share, and the columns."""
-    readings = [f"{network}={r['over']},eps-{r['eps']}" for network, r in READINGS.items()]
-    return (f"# images={settings.images} grid={len(settings.xs)} span={settings.xs[-1]:g} "
-            f"epochs={settings.epochs} maximum={settings.maximum} {' '.join(readings)} "
-            f"torch={torch.__version__}\nnetwork,batch_size,seed,compared,gradient,curvature,"
-            "gradient_per_loss,curvature_per_loss\n")
+    words = [f"images={settings.images}", f"grid={len(settings.xs)}",
+             f"span={settings.xs[-1]:g}", f"epochs={settings.epochs}",
+             f"maximum={settings.maximum}"]
+    for network, reading in READINGS.items():
+        words.append(f"{network}={reading['over']},eps-{reading['eps']}")
+    return (f"# {' '.join(words)} torch={torch.__version__}\n"
+            "network,batch_size,seed,compared,gradient,curvature,gradient_per_loss,"
+            "curvature_per_loss\n")
 
 
 def measure_all(settings, out):
@@ -95,9 +100,10 @@ def measure_all(settings, out):
         path.write_text(header(settings))
     held = path.read_text()
     if not held.startswith(header(settings)):
-        raise ValueError(f"{out} was measured with other options: delete it, or name another "
-                         f"--out. Expected: {header(settings).splitlines()[0]}")
-    for task in itertools.product(("autoencoder", "classifier"), (128, 16, 4), range(3)):
+        raise ValueError(f"{out} was measured with other options: delete it, or name "
+                         f"another --out. Expected: {header(settings).splitlines()[0]}")
+    networks, batch_sizes, seeds = ("autoencoder", "classifier"), (128, 16, 4), range(3)
+    for task in itertools.product(networks, batch_sizes, seeds):
         if ",".join(map(str, task)) + ",c," not in held:
             lines = measure_steepness(*task, settings)
             with path.open("a") as file:
@@ -107,9 +113,11 @@ def measure_all(settings, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    summary = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
     parser.add_argument("--maximum", choices=("held", "moving"), default="held")
-    parser.add_argument("--span", type=float, default=1.0, help="the largest step (default: 1)")
+    parser.add_argument("--span", type=float, default=1.0,
+                        help="the largest step (default: 1)")
     parser.add_argument("--data-dir", help="where MNIST is (default: data)")
     parser.add_argument("--out", default=str(ROOT / "results/steepness.csv"))
     args = parser.parse_args(argv)

@@ -1,19 +1,19 @@
 """Sweep: makes the runs of an experiment, and the CSV that keeps what came out.
 
-    python results/sweep.py                         lists them: runs, how many are done, hours
-    python results/sweep.py table1 --processes 2    makes the runs that the CSV lacks
-    python results/sweep.py table1 --only normal=8,batch_size=32,seed=0    checks its numbers
-    python results/sweep.py table1 --again          makes all runs anew, and replaces their rows
+    python results/sweep.py                         # list them: runs, hours they took
+    python results/sweep.py table1 --processes 2    # make the runs that the CSV lacks
+    python results/sweep.py table1 --only normal=8,batch_size=32,seed=0     # check some
+    python results/sweep.py table1 --again          # make all anew, replace the rows
 
-results/experiments.py says which runs these are. results/NAME.csv has a row for each run,
-epoch judged and category; `mean` is the mean over a run's categories. Its first line holds
-the options that all runs share. A run lives in runs/NAME/, where `log.txt` is what it
-printed. Each worker uses one thread. Start it in the repository's folder.
+results/experiments.py says which runs these are. results/NAME.csv has a row for each
+run, epoch judged and category; `mean` is the mean over a run's categories. Its first
+line holds the options that all runs share. A run lives in runs/NAME/, where `log.txt`
+is what it printed. Each worker uses one thread. Start it in the repository's folder.
 
-The same run on the same kind of machine gives the same numbers. On another one additions
-are made in another order, and training enlarges the difference. `--only` says whether it
-is larger than that: by more than .005 of image AUROC for a model that is trained, by more
-than .0005 for one that is solved (PCA and nearest tokens).
+The same run on the same kind of machine gives the same numbers. On another one,
+additions are made in another order, and training enlarges the difference. `--only` says
+whether it is larger than that: by more than .005 of image AUROC for a model that is
+trained, by more than .0005 for one that is solved (PCA and nearest tokens).
 """
 import argparse
 import contextlib
@@ -35,16 +35,16 @@ from experiments import (EXPERIMENTS, RECORDED, WITH_PULL_AND_SPREAD, WithoutLog
 
 RESULTS = Path(__file__).resolve().parent
 METRICS = (
-    "image_auroc", "auroc_not_given", "auroc_paper", "image_ap", "pixel_auroc", "pixel_aupro",
-    "threshold", "fpr", "tpr", "normal_error", "anomaly_error", "pull", "spread",
-    "distance_to_identity", "base_error", "seconds")
-ALWAYS = dict(fpr=0.05, pictures=False)             # of each run, besides its own options
+    "image_auroc", "auroc_not_given", "auroc_paper", "image_ap", "pixel_auroc",
+    "pixel_aupro", "threshold", "fpr", "tpr", "normal_error", "anomaly_error", "pull",
+    "spread", "distance_to_identity", "base_error", "seconds")
+ALWAYS = dict(fpr=0.05, pictures=False)             # for each run, with its own options
 
 
 # ---- what a CSV holds ----
 
 def text_of(value):
-    """An option's value as the CSV has it: without spaces, and "" for one it has not."""
+    """An option's value as the CSV has it, without spaces."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -74,14 +74,15 @@ def key_of(row, columns):
 
 def name_of(options, columns):
     """A run's name, the options that differ: normal=3,batch_size=32,lamp=True,seed=0"""
-    return ",".join(f"{key}={options[key]}" for key in columns if options.get(key, "") != "")
+    named = [key for key in columns if options.get(key, "") != ""]
+    return ",".join(f"{key}={options[key]}" for key in named)
 
 
 def rows_of(record, more):
     """A run's record, as in run.json -> its rows of the CSV, {column: value} each.
 
-    There is a row for each epoch judged, one for the last epoch, and of a run with several
-    categories one for each of them. more: metrics that are not in the record.
+    There is a row for each epoch judged, one for the last epoch, and of a run with
+    several categories one for each of them. more: metrics that are not in the record.
     """
     history, metrics = record["history"], record["metrics"]
     categories = metrics["categories"]
@@ -118,14 +119,14 @@ def read_csv(path):
 
 
 def comment_of(runs, words):
-    """The words of a CSV's comment. words: as they were, of which the versions are kept."""
+    """The words of a CSV's comment. The versions are kept of `words`, those it had."""
     shared = [f"{key}={value}" for key, value in shared_options(runs).items()]
     versions = [word for word in words if word.startswith("made_with=")]
     return [*shared, *dict.fromkeys(versions)]
 
 
 def write_csv(path, runs, words, rows):
-    """Write a CSV beside its place, then move it there, so that it is never half written."""
+    """Write a CSV beside its place, then move it there: it is never half written."""
     metrics = []
     for key in (*METRICS, "machine"):
         if any(row.get(key) not in (None, "") for row in rows):
@@ -134,7 +135,8 @@ def write_csv(path, runs, words, rows):
     with part.open("w", newline="") as file:
         print("#", *comment_of(runs, words), file=file)
         columns = [*columns_of(runs), "epoch", "category", *metrics]
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore",
+                                lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(part, path)
@@ -153,8 +155,8 @@ def make_run(experiment, options, out, places, afresh):
     """One run -> its rows, and the version it was made with.
 
     places: device and data_dir. afresh: do not go on with a run that is in the folder
-    `out`. What it prints goes to log.txt there, as does the traceback where it fails, with
-    a RuntimeError.
+    `out`. What it prints goes to log.txt there. Where it fails, so does the traceback,
+    and a RuntimeError is raised.
     """
     log = Path(out, "log.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -204,8 +206,8 @@ def is_begun(train, config):
 def start_worker():
     """Prepare a worker. It ends at once with Ctrl-C, and when its parent has ended.
 
-    Else it would go on unseen, beside the same run of the sweep started again. A run that
-    was cut short goes on later.
+    Else it would go on unseen, beside the same run of the sweep started again. A run
+    that was cut short goes on later.
     """
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -234,7 +236,7 @@ def matches(options, wanted):
 
 
 def parse_only(text, columns):
-    """ "normal=8,batch_size=32" -> {option: text}. A value may hold commas: normal=0,1,2"""
+    """ "normal=8,batch_size=32" -> {option: text}. A value may hold commas: 0,1,2"""
     words = re.split(r",(?=\w+=)", text) if text else []
     wanted = dict(word.partition("=")[::2] for word in words)
     unknown = [key for key in wanted if key not in columns]
@@ -245,7 +247,7 @@ def parse_only(text, columns):
 
 
 def list_experiments():
-    """Print a line for each experiment: its runs, how many are done, and what they took."""
+    """Print a line for each experiment: its runs, those done, and what they took."""
     titles = f"{'experiment':<12}{'runs':>6}{'done':>6}{'min each':>10}{'hours':>8}"
     print(f"{titles}  it shows")
     total = 0
@@ -260,7 +262,7 @@ def list_experiments():
         total += hours
         print(f"{name:<12}{len(runs):>6}{len(done):>6}{each:>10.2f}{hours:>8.1f}  "
               f"{experiment.__doc__}{' (recorded)' if name in RECORDED else ''}")
-    print(f"{'all':<12}{'':>22}{total:>8.1f}  hours of one core, or of the GPU that made them")
+    print(f"{'all':<12}{'':>22}{total:>8.1f}  hours of one core, or of a GPU")
 
 
 def last_of(rows):
@@ -283,13 +285,14 @@ def verdict(held, made, options):
     trained = options.get("model") not in ("pca", "nearest")
     limit = 0.005 if trained else 0.0005
     kind = "trained" if trained else "solved"
-    if made == held:
+    difference = abs(made - held)
+    if difference == 0:
         return "Image AUROC is equal to the last digit."
-    if abs(made - held) <= limit:
-        return (f"Image AUROC differs by {abs(made - held):.2g}. This is within what machines "
-                f"differ by: up to {limit} for a model that is {kind}.")
-    return (f"DIFFERENT: image AUROC differs by {abs(made - held):.2g}. Machines differ by up "
-            f"to {limit} for a model that is {kind}.")
+    if difference <= limit:
+        return (f"Image AUROC differs by {difference:.2g}. This is within what "
+                f"machines differ by: up to {limit} for a model that is {kind}.")
+    return (f"DIFFERENT: image AUROC differs by {difference:.2g}. Machines differ by "
+            f"up to {limit} for a model that is {kind}.")
 
 
 def make_all(jobs, processes):
@@ -305,8 +308,8 @@ def make_all(jobs, processes):
             for future in as_completed(futures):
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    raise ChildProcessError("a worker was killed, perhaps because memory "
-                                            "ran out: start the same command again")
+                    raise ChildProcessError("a worker was killed, perhaps because "
+                                            "memory ran out: start the command again")
                 yield futures[future], error, None if error else future.result()
         except BaseException:                       # else the workers end by themselves
             pool.shutdown(wait=False, cancel_futures=True)
@@ -318,18 +321,18 @@ def make_all(jobs, processes):
 def plan(name, only, again, places):
     """Which runs there are to make -> jobs, tuples of make_run's arguments.
 
-    These are the runs that the CSV lacks, or those that `only` names, or all (`again`). A
-    run that the CSV has starts afresh. Others go on where they were cut short.
+    These are the runs that the CSV lacks, or those that `only` names, or all (`again`).
+    A run that the CSV has starts afresh. Others go on where they were cut short.
     """
     if name in RECORDED:
-        raise ValueError(f"the rows of {name} were made by an earlier version, and are kept "
-                         "as they are")
+        raise ValueError(f"the rows of {name} were made by an earlier version, and are "
+                         "kept as they are")
     runs = list(EXPERIMENTS[name]())
     columns = columns_of(runs)
     words, rows = read_csv(RESULTS / f"{name}.csv")
     if rows and words != comment_of(runs, words):
         raise ValueError(f"the rows of {name}.csv were made with other options than "
-                         "experiments.py names now: delete the file, and all are made anew")
+                         "experiments.py names now: delete the file to make all anew")
     done = {key_of(row, columns) for row in rows}
     wanted = parse_only(only, columns)
     jobs = []
@@ -359,8 +362,8 @@ def sweep(name, only, again, processes, places):
             continue
         new_rows, version = made
         last = last_of(new_rows)
-        print(f"{title}  image AUROC {last['image_auroc']:.4f}  {last['seconds']:.0f} s, "
-              f"{left:.0f} min left", flush=True)
+        print(f"{title}  image AUROC {last['image_auroc']:.4f}  "
+              f"{last['seconds']:.0f} s, {left:.0f} min left", flush=True)
 
         words, rows = read_csv(path)
         old = [row for row in rows if key_of(row, columns) == key_of(options, columns)]
@@ -377,8 +380,10 @@ def main(argv=None):
     summary = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
     add = parser.add_argument
-    add("name", nargs="?", choices=EXPERIMENTS, help="an experiment (default: list them)")
-    add("--processes", type=int, default=1, help="workers, of one thread each (default: 1)")
+    add("name", nargs="?", choices=EXPERIMENTS,
+        help="an experiment (default: list them)")
+    add("--processes", type=int, default=1,
+        help="workers, of one thread each (default: 1)")
     add("--only", default="", metavar="OPTION=VALUE,...",
         help="these runs alone; one that is done is made again and compared")
     add("--again", action="store_true",

@@ -1,12 +1,12 @@
 """Tables: the tables and pictures of results/README.md, from the CSV files beside it.
 
     python results/tables.py table1 --rows batch_size,loss --picture table1.png
-    python results/tables.py table2 --rows loss,optimizer --best-of lr --metric pixel_auroc
+    python results/tables.py table2 --rows loss,optimizer --best-of lr
     python results/tables.py gains --picture gains.png      LAMP's gain in all settings
     python results/tables.py steepness                      of the loss landscape
 
-A table has a row for each value of the options that --rows names. Several experiments are
-taken as one. results/pairs.py says what the columns mean. In parentheses stands the
+A table has a row for each value of the options that --rows names. Several experiments
+are taken as one. results/pairs.py says what the columns mean. In parentheses stands the
 paper's number, from paper.json.
 """
 import argparse
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from pairs import (OF_LAMP, RESULTS, UNITS, cells_for, differences, interval,
                    mean_and_interval, parse, read, sign_test, without_lamp)
 
-WORDS = {                               # for options and metrics, in pictures and headers
+WORDS = {                               # for options and metrics
     "loss": "{}",
     "optimizer": "{}",
     "model": "{}",
@@ -56,13 +56,16 @@ GAINS = {                               # where LAMP was tried
         experiments=["settled"], keys=["epochs"], where={"model": ["ae"]}),
     "MVTec AD, the same, 30 epochs, by loss and optimizer (5 categories)": dict(
         experiments=["table2"], keys=["loss", "optimizer"], best_of=["lr"]),
-    "MVTec AD, one model of features, minutes (5 categories; UniAD with queries: 3)": dict(
-        experiments=["minutes"], keys=["model", "query"], where={"setting": ["unified"]}),
+    "MVTec AD, one model of features, minutes "
+    "(5 categories; UniAD with queries: 3)": dict(
+        experiments=["minutes"], keys=["model", "query"],
+        where={"setting": ["unified"]}),
     "MVTec AD, one UniAD, 816 steps of batch size 64 (5 categories)": dict(
         experiments=["unified"], keys=["query"],
         where={"model": ["uniad"], "over": [None, "image"]}),
 }
-OF_PAPER = ("loss", "batch_size", "optimizer", "category", "setting")   # its tables' options
+# the options of the paper's tables
+OF_PAPER = ("loss", "batch_size", "optimizer", "category", "setting")
 COMPARED = {
     "a": "(a) the L2 model seen through LAMP",
     "b": "(b) each model under its own loss, as in the paper",
@@ -96,8 +99,10 @@ def in_paper(*words):
 
 def markdown(header, lines):
     """A header and lines of cells -> a Markdown table."""
-    rule = ["---"] * len(header)
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, rule, *lines])
+    rows = []
+    for line in [header, ["---"] * len(header), *lines]:
+        rows.append(f"| {' | '.join(map(str, line))} |")
+    return "\n".join(rows)
 
 
 def with_paper(values, *words):
@@ -121,7 +126,8 @@ def table(cells, keys, metric, over="categories"):
     if keys == ["category"] and over == "categories":
         cells = with_mean(cells)
     with_lamp = any(lamp for _, lamp in cells.values())
-    compared = [without_lamp(keys, values) for values, (_, lamp) in cells.items() if lamp]
+    compared = [without_lamp(keys, values) for values, (_, lamp) in cells.items()
+                if lamp]
     lines = []
     for values, (plain, lamp) in cells.items():
         if not lamp and values in compared:
@@ -151,7 +157,8 @@ def all_gains():
     for title, options in GAINS.items():
         for values, cell in cells_for(**options).items():
             named = [values]
-            if in_paper(*values, "image_auroc") is None:    # Table 2: a number a category
+            if in_paper(*values, "image_auroc") is None:
+                # Table 2 has a number for each category.
                 named = [(*values, category) for category in cell[1]]
             published = []
             for words in named:
@@ -170,7 +177,8 @@ def gains_table():
     for title, words, gains, paper in all_gains():
         lines.append([title, words, mean_and_interval(gains, "+"), *sign_test(gains),
                       "" if paper is None else f"{paper:+.4f}"])
-    return markdown(["", "setting", "difference", "LAMP ahead", "p", "the paper's"], lines)
+    header = ["", "setting", "difference", "LAMP ahead", "p", "the paper's"]
+    return markdown(header, lines)
 
 
 def steepness_table():
@@ -202,7 +210,10 @@ def in_words(name, *values):
 
 
 def curves(cells, keys):
-    """Cells -> {a line's words: {first of keys: (values, differences)}}, plain runs once."""
+    """Cells -> {a line's words: {first of keys: (values, differences)}}.
+
+    Plain runs that several lines are compared with are drawn once.
+    """
     with_lamp = any(lamp for _, lamp in cells.values())
     lines = defaultdict(dict)
     for (x, *rest), (plain, lamp) in cells.items():
@@ -229,7 +240,7 @@ def gains_of(lines):
 
 
 def draw(path, tables, keys, command):
-    """A panel for each metric, over the first of keys, with a line for each other value.
+    """A panel for each metric, over the first of keys, a line for each other value.
 
     tables: {metric: cells}. The last panel has the difference in the first metric, with
     its interval.
@@ -238,8 +249,8 @@ def draw(path, tables, keys, command):
     first, lines = next(iter(drawn.items()))
     ticks = list(set().union(*lines.values()))
     if not all(isinstance(x, (int, float)) for x in ticks):
-        raise ValueError(f"--picture draws over numbers, and {keys[0]}, first of --rows, "
-                         "is none")
+        raise ValueError(f"--picture draws over numbers, and {keys[0]}, first of "
+                         "--rows, is none")
     by_factors = keys[0] in ("latent", "batch_size", "lr") and min(ticks) > 0
     gains = gains_of(lines)
     count = len(tables) + bool(gains)
@@ -272,7 +283,7 @@ def draw_lines(panel, lines, colors):
 
 
 def draw_gain_lines(panel, gains, colors, by_factors):
-    """Mean differences with intervals. Each line is a little to the right of the last."""
+    """Mean differences with intervals, each line a little to the right of the last."""
     panel.axhline(0, color="black", linewidth=0.8)
     for i, (name, points) in enumerate(gains.items()):
         shift = 0.15 * (i - (len(gains) - 1) / 2)
@@ -289,7 +300,7 @@ def save(figure, path, command):
 
 
 def draw_gains(path, command):
-    """LAMP's gain in image AUROC in all settings, with 95 % intervals and the paper's."""
+    """LAMP's gain in image AUROC in all settings, with intervals and the paper's."""
     groups = defaultdict(list)
     for title, words, gains, paper in all_gains():
         groups[title].append((words, gains, paper))
@@ -300,10 +311,11 @@ def draw_gains(path, command):
         for y, (_, gains, paper) in enumerate(group):
             here = panel.errorbar(np.mean(gains), y, xerr=interval(gains), fmt="o",
                                   color="C0", capsize=3)
-            if paper is not None:                   # below, so as not to hide the interval
+            if paper is not None:               # below, so as not to hide the interval
                 published, = panel.plot(paper, y + 0.25, "D", color="C1",
                                         markerfacecolor="none", markersize=5)
-        panel.set_yticks(range(len(group)), [words for words, _, _ in group], fontsize=8)
+        names = [words for words, _, _ in group]
+        panel.set_yticks(range(len(group)), names, fontsize=8)
         panel.set_title(title, fontsize=9, loc="left")
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set_ylim(len(group) - 0.4, -0.6)      # the first on top
@@ -325,7 +337,7 @@ def parse_where(text):
 
 
 def print_tables(args, command):
-    """Print what the command line asks for, and draw it where --picture names a file."""
+    """Print what the command line asks for, and draw it where --picture is given."""
     if args.names == ["steepness"]:
         print(steepness_table())
     elif args.names == ["gains"]:
@@ -338,7 +350,9 @@ def print_tables(args, command):
         for metric in args.metric.split(","):
             tables[metric] = cells_for(args.names, keys, metric, args.best_of,
                                        args.chosen_on, args.over, where)
-        texts = [table(cells, keys, metric, args.over) for metric, cells in tables.items()]
+        texts = []
+        for metric, cells in tables.items():
+            texts.append(table(cells, keys, metric, args.over))
         print("\n\n".join(texts))
         if args.picture:
             draw(args.picture, tables, keys, command)
@@ -349,13 +363,15 @@ def main(argv=None):
     summary = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
     add = parser.add_argument
-    add("names", nargs="+", metavar="EXPERIMENT", help="one or more; or gains; or steepness")
+    add("names", nargs="+", metavar="EXPERIMENT",
+        help="one or more; or gains; or steepness")
     add("--rows", default="category",
         help="options, a row for each of their values (default: category)")
     add("--metric", default="image_auroc",
         help="a table for each of these (default: image_auroc)")
     add("--where", default="", metavar="OPTION=VALUE,...", help="of these runs alone")
-    add("--over", choices=UNITS, default="categories", help="what the intervals are over")
+    add("--over", choices=UNITS, default="categories",
+        help="what the intervals are over")
     add("--best-of", default=(), type=lambda s: s.split(","),
         help="the best over these options")
     add("--chosen-on", choices=("itself", "others"), default="itself",
