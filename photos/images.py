@@ -1,11 +1,11 @@
-"""Images: any photo a camera leaves, and any folder of them, as what the models learn from.
+"""Images: any photo a camera leaves, and any folder of them, as what the models learn.
 
-    photo = read_photo("part.jpg", 224)     # .pixels (3, 224, 224) uint8, .picture, .shape
-    photos = read_folder("my_images", 224)  # .data is a data.Data, .files names each photo
+    photo = read_photo("part.jpg", 224)     # .pixels (3, 224, 224) uint8, .picture
+    photos = read_folder("my_images", 224)  # .data, a data.Data, and .files
 
-`read_photo` shows a photo as a viewer would: turned as its EXIF says, transparent parts on
-white, 16 and 32 bits brought to 8. `read_folder` finds out which photos are of good parts
-and which are to test by, see LAYOUT. What either cannot use is named, and left out.
+`read_photo` shows a photo as a viewer would: turned as its EXIF says, transparent parts
+on white, 16 and 32 bits brought to 8. `read_folder` finds out which photos are of good
+parts and which are to test by, see LAYOUT. What cannot be used is named and left out.
 """
 import hashlib
 import math
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from scipy.sparse.csgraph import connected_components
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the folder of data.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the folder of data.py
 from data import Data, shrink_mask, with_progress
 
-try:                                                        # photos of phones, if it is there
+try:                                                # photos of phones, if it is there
     import pillow_heif
     pillow_heif.register_heif_opener()
 except ImportError:
@@ -38,25 +39,35 @@ or, of several kinds of parts: <kind>/train/good/*, <kind>/test/...
 good may be called ok or normal, too. Masks of defects may lie in
 ground_truth/<defect>/<name>_mask.png"""
 
-PLACE = re.compile(r"""(?: (?P<kind>[^/]+) / )??            # tried without a kind first
+PLACE = re.compile(r"""(?: (?P<kind>[^/]+) / )??    # tried without a kind first
     (?: train / (?P<normals>good|ok|normal)
       | test / (?: (?P<good>good|ok|normal) | (?P<bad>[^/]+) )
-      | (?:ground_truth|masks?|gt) / (?!train/|test/) (?P<defect>[^/]+) (?: / (?P<image>[^/]+) )?
-    ) / [^/]+""", re.VERBOSE | re.IGNORECASE)               # image: MVTec LOCO's folder for each
+      | (?:ground_truth|masks?|gt) / (?!train/|test/) (?P<defect>[^/]+)
+        (?: / (?P<image>[^/]+) )?                   # MVTec LOCO's folder for each image
+    ) / [^/]+""", re.VERBOSE | re.IGNORECASE)
 
-HEIC = {".heic", ".heif", ".hif"}                           # read if pillow-heif is installed
-NO_PHOTOS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}  # Pillow knows of them, no more
-Image.init()
-SUFFIXES = HEIC | {suffix for suffix, form in Image.registered_extensions().items()
-                   if form in {*Image.OPEN, "MPO"} - NO_PHOTOS}
-Image.MAX_IMAGE_PIXELS = 2 ** 27    # Pillow refuses more than twice as many, 16,384 x 16,384
+HEIC = {".heic", ".heif", ".hif"}                   # read if pillow-heif is installed
+NO_PHOTOS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}  # known by name only
+
+
+def readable_suffixes():
+    """The suffixes of all formats that Pillow reads, and HEIC's, in lower case."""
+    Image.init()
+    formats = {*Image.OPEN, "MPO"} - NO_PHOTOS
+    suffixes = {suffix for suffix, form in Image.registered_extensions().items()
+                if form in formats}
+    return suffixes | HEIC
+
+
+SUFFIXES = readable_suffixes()
+Image.MAX_IMAGE_PIXELS = 2 ** 27    # twice as many, 16,384 x 16,384, are refused
 
 PAGE_SIDE = 320                     # the longer side in pixels of a picture on a page
 
 
 class Photo(NamedTuple):
     """One photo, upright."""
-    pixels: torch.Tensor            # (3, S, S) uint8, squeezed to the square a model sees
+    pixels: torch.Tensor  # (3, S, S) uint8, squeezed to the square a model sees
     picture: Image.Image            # small, in its own shape, to look at
     shape: tuple                    # width and height in pixels
 
@@ -89,9 +100,10 @@ def name_some(names, most=3):
 
 
 def say(names, one, many, most=3):
-    """A line that counts and names what is passed over, or nothing where there is none."""
+    """Print a line that counts and names what is passed over, if there is anything."""
     if names:
-        print(f"{one if len(names) == 1 else f'{len(names):,} {many}'}: {name_some(names, most)}")
+        what = one if len(names) == 1 else f"{len(names):,} {many}"
+        print(f"{what}: {name_some(names, most)}")
 
 
 # ---- one photo ----
@@ -102,22 +114,22 @@ def opened(source):
 
     Whatever Pillow objects to becomes a ValueError that names the file.
     """
-    if isinstance(source, Image.Image):
-        yield source.copy()
-        return
+    name, advice = "the image", "Save it as PNG or JPEG"
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        yield from_array(np.asarray(source))
-        return
+        source = from_array(np.asarray(source))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(source) as image:
-                yield image
-    except Exception as error:                              # of many kinds, by format
-        advice = "Save it as PNG or JPEG"
-        if Path(source).suffix.lower() in HEIC and pillow_heif is None:
-            advice = "For photos of this format: pip install pillow-heif"
-        raise ValueError(f"{printable(source)} cannot be read ({error}). {advice}") from None
+        if isinstance(source, Image.Image):
+            yield source.copy()
+        else:
+            name = printable(source)
+            if Path(source).suffix.lower() in HEIC and pillow_heif is None:
+                advice = "For photos of this format: pip install pillow-heif"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(source) as image:
+                    yield image
+    except Exception as error:                      # of many kinds, by format
+        raise ValueError(f"{name} cannot be read ({error}). {advice}") from None
 
 
 def from_array(array):
@@ -125,9 +137,10 @@ def from_array(array):
     gray = array.ndim == 2 and array.dtype in (np.uint8, np.uint16)
     color = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
     if not (gray or color) or not array.size:
-        raise ValueError(f"an array of shape {array.shape} and type {array.dtype}: expected "
-                         "(height, width, 3) uint8, red first. cv2.cvtColor(image, "
-                         "cv2.COLOR_BGR2RGB) makes that of OpenCV's images")
+        raise ValueError(
+            f"an array of shape {array.shape} and type {array.dtype}, expected (height, "
+            "width, 3) uint8, red first. Of an image of OpenCV, "
+            "cv2.cvtColor(image, cv2.COLOR_BGR2RGB) makes that")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -143,10 +156,11 @@ def largest_value(image):
 
 
 def find_white(largest):
-    """The value that becomes 255, for images of 16 or 32 bits whose largest value is known.
+    """The value that becomes 255 in images of 16 or 32 bits, by their largest value.
 
-    One for all images of a folder, so that they stay comparable: the first of 1 (or 5 %
-    above), 2^8 - 1, 2^10 - 1, 2^12 - 1, ... that none exceeds. None where all have 8 bits.
+    There is one for all images of a folder, so that they stay comparable: the first of
+    1 (or 5 % above), 2^8 - 1, 2^10 - 1, 2^12 - 1, ... that none exceeds. None where all
+    have 8 bits.
     """
     if not largest:
         return None
@@ -161,18 +175,24 @@ def find_white(largest):
 
 
 def to_rgb(image, white, background):
-    """A Pillow image, upright, as RGB of 8 bits, its transparent parts on the background."""
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":     # a phone's has a preview
+    """A Pillow image, upright, in RGB of 8 bits, laid on the background."""
+    # A phone's MPO has a preview as a second page. Of other files, which page is meant?
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise ValueError(f"{image.n_frames} pages; save each as a file of its own")
-    if ";16" in str(getattr(image, "tile", "")) and image.mode[0] != "I" and np.max(image) < 16:
-        raise ValueError("of 16 bits a color only the lowest 12 are used; save it with 8")
+    # Of colors of 16 bits Pillow keeps the upper 8, hardly used where there are 12.
+    bits_16 = ";16" in str(getattr(image, "tile", "")) and image.mode[0] != "I"
+    if bits_16 and np.max(image) < 16:
+        raise ValueError("of 16 bits a color only the lowest 12 are used; save it with "
+                         "8")
+
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":                               # 16 or 32 bits, or floats
+    if image.mode[0] in "IF":                       # 16 or 32 bits, or floats
         values = np.asarray(image, np.float32)
         if not (values.min() >= 0 and values.max() < math.inf):
             raise ValueError("negative or infinite values")
         white = white or find_white(values.max()) or 1
-        image = Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+        values = (values / white * 255).clip(0, 255).round()
+        image = Image.fromarray(values.astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         canvas = Image.new("RGBA", image.size, background)
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
@@ -195,8 +215,8 @@ def read_photo(source, size, white=None):
 
 # ---- what photos look like as a whole ----
 
-APPEARANCE = {                          # what is measured: words for less and more, the least
-    "brightness": ("darker", "brighter", 2.0),              # spread that counts, its form
+APPEARANCE = {                      # words for less and for more, and the least spread
+    "brightness": ("darker", "brighter", 2.0),
     "contrast": ("poorer in contrast", "richer in contrast", 1.0),
     "color": ("bluer", "redder", 1.0),
     "sharpness": ("blurrier", "sharper", 0.05),
@@ -219,7 +239,7 @@ def appearance(pixels):
     contrast = gray.flatten(1).std(1)
     color = (x[:, 0] - x[:, 2]).flatten(1).mean(1)
     sharpness = ((slope.flatten(1).mean(1) + 0.1) / (contrast + 1)).log()
-    edges = slope.square()                                          # noise hardly counts
+    edges = slope.square()  # noise hardly counts
     along = torch.linspace(0, 1, gray.shape[-1])
     total = edges.flatten(1).sum(1) + 1e-6
     place_x = (edges.sum(1) * along).sum(1) / total
@@ -229,9 +249,10 @@ def appearance(pixels):
 
 
 def how_they_differ(new, learned):
-    """Words for how photos differ as a whole from those learned: appearances (M, 6), (N, 6).
+    """Words for how photos differ as a whole from those learned.
 
-    More than half of the new ones must lie beyond three standard deviations on one side.
+    new, learned: appearances (M, 6), (N, 6). More than half of the new ones must lie
+    beyond three standard deviations on one side.
     """
     words = []
     for i, (less, more, least) in enumerate(APPEARANCE.values()):
@@ -243,45 +264,41 @@ def how_they_differ(new, learned):
 
 
 def aspect(shape):
-    """A shape (width, height) as one number, to compare: equal where shapes are alike."""
+    """A shape (width, height) as one number, which is equal where shapes are alike."""
     return math.log(shape[0] / shape[1])
 
 
 def has_another_shape(shape, learned):
-    """Whether a photo's width by its height is more than 5 % off all of those learned."""
-    return all(abs(aspect(shape) - aspect(other)) > 0.05 for other in {*map(tuple, learned)})
+    """Whether width by height is more than 5 % off all of those learned."""
+    others = {aspect(other) for other in learned}
+    return all(abs(aspect(shape) - other) > 0.05 for other in others)
 
 
 def near_copies(pixels):
-    """Groups of photos that are nearly the same: (N, 3, S, S) uint8 -> N numbers of groups.
+    """Which photos are nearly the same: (N, 3, S, S) uint8 -> N numbers of groups.
 
     Two photos are near-copies if their distance is less than .35 of the median distance
-    that the first has to all. Distances are those of thumbnails of 32 x 32 pixels, whose
-    mean and contrast are made alike, so that exposure does not matter.
+    that one of them has to all. Distances are those of thumbnails of 32 x 32 pixels.
+    Their mean and contrast are made alike, so that exposure does not matter.
     """
     thumbnails = F.interpolate(pixels.float(), (32, 32), mode="area").flatten(1)
     thumbnails -= thumbnails.mean(1, keepdim=True)
     thumbnails /= thumbnails.std(1, keepdim=True) + 8
     distances = torch.cdist(thumbnails, thumbnails)
-    others = ~torch.eye(len(pixels), dtype=torch.bool)
-    groups = list(range(len(pixels)))
-    for i, row in enumerate(distances):
-        if len(row) < 4:
-            break
-        near = others[i] & (row < 0.35 * row[others[i]].median())
-        for j in near.nonzero().flatten().tolist():
-            old, new = groups[j], groups[i]
-            groups = [new if group == old else group for group in groups]
-    return groups
+    near = torch.zeros_like(distances, dtype=torch.bool)
+    if len(pixels) >= 4:                            # of fewer, nothing is usual
+        usual = distances.clone().fill_diagonal_(math.nan).nanmedian(1).values
+        near = distances < 0.35 * usual[:, None]
+    return connected_components(near.numpy(), directed=False)[1].tolist()
 
 
 # ---- a folder ----
 
 def list_images(paths):
-    """Files and folders -> the files named, and the images in the folders and below them.
+    """Files and folders -> the files named, and the images in and below the folders.
 
     What learning and judging have written themselves is no input: the pictures of a
-    page, and a run's examples.png. Other files that are no images are named.
+    page, and the files of a run. Other files that are no images are named.
     """
     found, other = [], []
     for path in map(Path, paths):
@@ -289,19 +306,25 @@ def list_images(paths):
             found.append(path)
             continue
         for folder, folders, names in os.walk(path, followlinks=True):
-            if {"judged.csv", "pictures"} <= {*folders, *names}:        # judge.py's own
-                folders.remove("pictures")
-            own = {"examples.png", "model.pt", "run.json", "writer.txt"}
-            if "model.pt" not in names:                                 # it is no run
-                own = set()
-            own |= {name for name in names if name in ("judged.csv", "judged.html",
-                                                       "learned.html") or name[0] == "."}
-            folders[:] = sorted(name for name in folders if name[0] != ".")
+            own = own_names({*folders, *names})
+            folders[:] = sorted({*folders} - own)
             for name in sorted({*names} - own):
                 image = Path(name).suffix.lower() in SUFFIXES
                 (found if image else other).append(Path(folder, name))
-    say(other, "1 file is no image, and is passed over", "files are no images, and are passed over")
+    say(other, "1 file is no image, and is passed over",
+        "files are no images, and are passed over")
     return found
+
+
+def own_names(names):
+    """Which names in a folder are hidden, or were written by learning or judging."""
+    own = {name for name in names if name[0] == "."}
+    own |= {"judged.csv", "judged.html", "learned.html"}
+    if "judged.csv" in names:
+        own.add("pictures")
+    if "model.pt" in names:                         # it is a run
+        own |= {"model.pt", "run.json", "writer.txt", "examples.png"}
+    return own
 
 
 class Kind(NamedTuple):
@@ -331,82 +354,98 @@ def sort_files(root):
             (kind.good if place["good"] else kind.bad).append(path)
 
     if not any(kind.normals for kind in found.values()):    # a folder of photos alone
-        found[root.resolve().name].normals.extend(path for path in other if path.parent == root)
+        alone = [path for path in other if path.parent == root]
         other = [path for path in other if path.parent != root]
-    say(other, "1 image lies elsewhere than in train/good or test/<name>, and is passed over",
-        "images lie elsewhere than in train/good or test/<name>, and are passed over")
-    say([name for name, kind in found.items() if not kind.normals and (kind.good or kind.bad)],
+        found[root.resolve().name].normals.extend(alone)
+    say(other,
+        "1 image lies elsewhere than in train/good or test/<name>, and is left out",
+        "images lie elsewhere than in train/good or test/<name>, and are left out")
+    untaught = [name for name, kind in found.items() if not kind.normals]
+    say([name for name in untaught if found[name].good or found[name].bad],
         "1 kind has no photos to learn from (train/good), and is left out",
         "kinds have no photos to learn from (train/good), and are left out")
     found = {name: kind for name, kind in sorted(found.items()) if kind.normals}
     for kind in found.values():
-        for files in (kind.normals, kind.good):
-            folders = sorted({printable(path.parent) for path in files})
-            if len(folders) > 1:
-                raise ValueError(f"{' and '.join(folders)}: which holds the good ones? Keep one")
+        check_one_folder(kind.normals)
+        check_one_folder(kind.good)
     if not found:
-        there = ", ".join(printable(path.name) for path in sorted(root.glob("*"))[:8])
-        raise FileNotFoundError(f"there are no photos of good parts in {printable(root)}, "
-                                f"expected as\n{LAYOUT}\nfound there: {there or 'nothing'}")
+        there = name_some([path.name for path in sorted(root.glob("*"))], 8)
+        raise FileNotFoundError(
+            f"there are no photos of good parts in {printable(root)}, expected as\n"
+            f"{LAYOUT}\nfound there: {there or 'nothing'}")
     return found
 
 
-def read_folder(root, size, white=None):
-    """A folder of photos, see LAYOUT -> Folder. Photos are squeezed to size x size pixels.
+def check_one_folder(files):
+    """Raise ValueError where good photos lie in two folders, such as good and ok."""
+    folders = sorted({printable(path.parent) for path in files})
+    if len(folders) > 1:
+        raise ValueError(f"{' and '.join(folders)}: which holds the good ones? Keep it")
 
-    Photos that cannot be read are named and left out, as are exact copies of others and
-    photos to test by that are among those to learn from. Raises ValueError where nothing
-    is left, FileNotFoundError where there was nothing.
+
+def read_folder(root, size, white=None):
+    """A folder of photos, see LAYOUT -> Folder. Photos are squeezed to size x size.
+
+    Photos that cannot be read are named and left out. So are exact copies of others and
+    photos to test by that are learned, too. Raises ValueError where nothing is left,
+    FileNotFoundError where there was nothing.
     """
     root = Path(root)
-    train, test, labels, masks = [], [], [], {}             # (file, kind), of a 0 or a 1
+    train, test, masks = [], [], {}                 # (file, kind, 0 or 1 for defective)
     for name, kind in sort_files(root).items():
-        train += [(path, name) for path in kind.normals]
-        test += [(path, name) for path in kind.good + kind.bad]
-        labels += [0] * len(kind.good) + [1] * len(kind.bad)
+        train += [(path, name, 0) for path in kind.normals]
+        test += [(path, name, 0) for path in kind.good]
+        test += [(path, name, 1) for path in kind.bad]
         masks[name] = kind.masks
-    white = white or white_of([path for path, _ in train])
-
-    photos, unreadable = read_all([path for path, _ in train + test], size, white)
-    say(unreadable, "1 photo cannot be read, and is left out",
-        "photos cannot be read, and are left out", most=1000)
-    first, copies = {}, []                                  # what a photo shows: where it is
-    kept = []
-    for path, name in train:
-        if path in photos:
-            key = content_key(photos[path].pixels)
-            (copies if key in first else kept).append((path, name))
-            first.setdefault(key, path)
-    say([path for path, _ in copies], "1 photo is an exact copy of another, and is left out",
-        "photos are exact copies of others, and are left out")
-    if not kept:
+    white = white or white_of([path for path, _, _ in train])
+    photos, unreadable = read_all([path for path, _, _ in train + test], size, white)
+    keys = {path: content_key(photo.pixels) for path, photo in photos.items()}
+    train, test = usable(train, test, keys)
+    if not train:
         raise ValueError(f"none of the photos in {printable(root)} can be read")
 
-    learned_too = [path for path, _ in test
-                   if path in photos and content_key(photos[path].pixels) in first]
-    say(learned_too, "1 photo to test by is learned, too. It proves nothing, and is left out",
-        "photos to test by are learned, too. They prove nothing, and are left out")
-    usable = [i for i, (path, _) in enumerate(test)
-              if path in photos and path not in learned_too]
-    test, labels = [test[i] for i in usable], [labels[i] for i in usable]
-
-    empty = torch.empty(0, 3, size, size, dtype=torch.uint8)
+    labels = [label for _, _, label in test]
+    kinds = [name for _, name, _ in train]
     data = Data(
-        train=torch.stack([photos[path].pixels for path, _ in kept]),
-        train_classes=[name for _, name in kept],
-        train_categories=[name for _, name in kept],
-        test=torch.stack([photos[path].pixels for path, _ in test]) if test else empty,
+        train=torch.stack([photos[path].pixels for path, _, _ in train]),
+        train_classes=kinds, train_categories=kinds,
+        test=stack([photos[path].pixels for path, _, _ in test], size),
         labels=torch.tensor(labels).long(),
-        categories=[name for _, name in test],
-        masks=read_masks(test, labels, masks, size))
-    files = [path for path, _ in kept]
+        categories=[name for _, name, _ in test],
+        masks=read_masks([(path, name) for path, name, _ in test], labels, masks, size))
     return Folder(
-        data=data,
-        files=[path.relative_to(root).as_posix() for path in files],
-        test_files=[path.relative_to(root).as_posix() for path, _ in test],
-        keys=[content_key(pixels) for pixels in data.train],
-        shapes=[photos[path].shape for path in files],
-        root=root, white=white, unreadable=unreadable)
+        data=data, root=root, white=white, unreadable=unreadable,
+        files=[path.relative_to(root).as_posix() for path, _, _ in train],
+        test_files=[path.relative_to(root).as_posix() for path, _, _ in test],
+        keys=[keys[path] for path, _, _ in train],
+        shapes=[photos[path].shape for path, _, _ in train])
+
+
+def usable(train, test, keys):
+    """Leave out what could not be read, copies, and test photos that are learned, too.
+
+    train, test: lists of (file, kind, label). keys: {file: a hash of what it shows}.
+    """
+    first, once, copies = set(), [], []
+    for row in train:
+        key = keys.get(row[0])
+        if key is not None:
+            (copies if key in first else once).append(row)
+            first.add(key)
+    say([row[0] for row in copies],
+        "1 photo is an exact copy of another, and is left out",
+        "photos are exact copies of others, and are left out")
+    test = [row for row in test if row[0] in keys]
+    learned = [row[0] for row in test if keys[row[0]] in first]
+    say(learned,
+        "1 photo to test by is learned, too. It proves nothing, and is left out",
+        "photos to test by are learned, too. They prove nothing, and are left out")
+    return once, [row for row in test if keys[row[0]] not in first]
+
+
+def stack(images, size):
+    """Images (3, size, size) as one tensor, which may be empty."""
+    return torch.stack(images) if images else torch.empty(0, 3, size, size).byte()
 
 
 def content_key(pixels):
@@ -431,11 +470,15 @@ def read_all(files, size, white):
     photos, unreadable = {}, []
     for path in with_progress(files, "photos read", len(files)):
         try:
-            # Pictures to look at would take much memory: the page reads its few again.
-            photos[path] = read_photo(path, size, white)._replace(picture=None)
+            photo = read_photo(path, size, white)
         except ValueError as error:
             print(error, file=sys.stderr)
             unreadable.append(path)
+        else:
+            # Pictures to look at would take much memory: the page reads its few again.
+            photos[path] = photo._replace(picture=None)
+    say(unreadable, "1 photo cannot be read, and is left out",
+        "photos cannot be read, and are left out", most=1000)
     return photos, unreadable
 
 
@@ -444,7 +487,7 @@ def read_all(files, size, white):
 def read_masks(test, labels, masks, size):
     """-> (M, size, size) bool, or None where there are none. See data.shrink_mask.
 
-    test: M pairs (file, kind). masks: {kind: {(defect, image): files}}. A line says which
+    test: M pairs (file, kind). masks: {kind: {(defect, image): files}}. Lines say which
     defects have no mask, which masks have no photo, and which cannot be used.
     """
     if not any(masks.values()):
@@ -459,16 +502,18 @@ def read_masks(test, labels, masks, size):
                 print(error, file=sys.stderr)
         if labels[i] and not result[i].any():
             missing.append(path)
-    say(missing, "1 defect has no mask, or an empty one: it counts for whole photos only",
+    say(missing,
+        "1 defect has no mask, or an empty one: it counts for whole photos only",
         "defects have no mask, or an empty one: they count for whole photos only")
     unmatched = [files[0] for left in masks.values() for files in left.values()]
-    say(unmatched, "1 mask matches no photo, expected as ground_truth/<defect>/<name>_mask.png",
-        "masks match no photo, expected as ground_truth/<defect>/<name>_mask.png")
+    expected = "expected as ground_truth/<defect>/<name>_mask.png"
+    say(unmatched, f"1 mask matches no photo, {expected}",
+        f"masks match no photo, {expected}")
     return result
 
 
 def read_mask(files, photo):
-    """The masks of a photo, united: (H, W) bool, True where they have any color but black."""
+    """The masks of a photo, united: (H, W) bool, True where any color but black is."""
     with opened(photo) as image:
         width, height = upright_shape(image)
     marked = np.zeros((height, width), bool)
@@ -478,7 +523,8 @@ def read_mask(files, photo):
             colors = np.asarray(to_rgb(mask, 1, "black"))           # (H, W, 3)
         if colors.shape[:2] != marked.shape:
             rows, columns = colors.shape[:2]
-            raise ValueError(f"{printable(path)}: the mask has {columns} x {rows} pixels, and "
-                             f"its photo {width} x {height}. It is not used")
+            raise ValueError(
+                f"{printable(path)}: the mask has {columns} x {rows} pixels, its photo "
+                f"{width} x {height}. It is not used")
         marked |= colors.max(2) > noise
     return marked

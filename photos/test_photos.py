@@ -275,7 +275,7 @@ def test_a_mask_marks_by_any_color_but_black_whatever_its_form_its_name_and_its_
     for number, mask in enumerate(found):
         assert torch.equal(mask, torch.tensor(bar[::2, ::2] > 0)), number
     mask, text = mask_of({"gt/hole/0.png": Image.new("L", (5, 7))})
-    assert not mask.any() and "0.png: the mask has 5 x 7 pixels, and its photo 32 x 32" in text
+    assert not mask.any() and "0.png: the mask has 5 x 7 pixels, its photo 32 x 32" in text
 
 
 def test_a_mask_lies_where_its_turned_photo_shows_the_defect_and_a_thin_one_does_not_vanish():
