@@ -1,7 +1,7 @@
 """Copies: photos as another camera position, another light would have shown them.
 
-    moved     a little, at random: they widen what counts as normal at each place, and the
-              threshold with it, so that a camera that is bumped raises no alarm
+    moved     a little, at random: they widen what counts as normal at each place, and
+              the threshold with it, so that a camera that is bumped raises no alarm
     turned    in eight positions, of kinds that lie anyhow: the memory holds them, too
 
 The limits and the rule were set on five products of MVTec AD, see results/README.md.
@@ -51,7 +51,7 @@ def moved_at_random(images, seed):
 
 
 def turned_copies(images):
-    """(N, C, S, S) uint8 -> ((TURNS - 1) N, C, S, S): all turned once, then twice, ..."""
+    """(N, C, S, S) uint8 -> ((TURNS - 1) N, C, S, S): all turned once, twice, ..."""
     copies = []
     for turn in range(1, TURNS):
         copies.append(moved(images, degrees=360 * turn / TURNS))
@@ -109,7 +109,7 @@ def share_of_turned(photos, kind, backbone):
 
 # ---- what the threshold stands ----
 
-STEPS = {                               # smallest first; of each step the worst view counts
+STEPS = {                           # smallest first; of each step the worst view counts
     "shift": [[dict(right=s), dict(right=-s), dict(down=s), dict(down=-s)]
               for s in (1 / 256, 2 / 256, 4 / 256)],
     "degrees": [[dict(degrees=d), dict(degrees=-d)] for d in (1, 2, 4)],

@@ -138,8 +138,8 @@ def from_array(array):
     color = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
     if not (gray or color) or not array.size:
         raise ValueError(
-            f"an array of shape {array.shape} and type {array.dtype}, expected (height, "
-            "width, 3) uint8, red first. Of an image of OpenCV, "
+            f"an array of shape {array.shape} and type {array.dtype}: expected (height,"
+            " width, 3) uint8, red first. Of an image of OpenCV, "
             "cv2.cvtColor(image, cv2.COLOR_BGR2RGB) makes that")
     return Image.fromarray(np.ascontiguousarray(array))
 

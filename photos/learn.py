@@ -1,11 +1,11 @@
 """Learn: from a folder of photos of good parts to a run that judges new ones.
 
-    python photos/learn.py my_images            # -> runs/my_images, and what to expect of it
+    python photos/learn.py my_images    # -> runs/my_images, and what to expect of it
 
-No photo of a defect is needed. Those in test/<defect> are never learned; they show how many
-defects are found. images.py says which folders are understood, README.md how to take photos.
-Learning again takes in what has been added to the folder. A run is replaced when the new one
-is complete, and not before.
+No photo of a defect is needed. Those in test/<defect> are never learned; they show how
+many defects are found. images.py says which folders are understood, README.md how to
+take photos. Learning again takes in what has been added to the folder. A run is
+replaced when the new one is complete, and not before.
 """
 import argparse
 import contextlib
@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))        # the folder of train.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where train.py is
 import evaluate as ev
 import train
 from data import split, to_float
-from photos.copies import (NEAREST_ARE_TURNED, add_copies, stands, stands_in_words)
-from photos.images import (appearance, aspect, near_copies, name_some, printable, read_folder,
-                           read_photo)
-from photos.judge import Judge, looks_of, nearest_look, percent, promise
+from photos.copies import NEAREST_ARE_TURNED, add_copies, stands, stands_in_words
+from photos.images import (appearance, aspect, near_copies, name_some, printable,
+                           read_folder, read_photo)
+from photos.judge import heat_map_of, looks_of, nearest_look, percent, promise
 from photos.page import Row, embedded, lay_over, write_page
 
 # What learns photos if nothing else is said: PatchCore's memory bank on features whose
@@ -49,53 +49,77 @@ def config_for(model, given):
     return config | {key: value for key, value in given.items() if value is not None}
 
 
-def learn(folder, out=None, model="nearest", again=False, command="photos.learn", **given):
+def learn(folder, out=None, model="nearest", again=False, command="photos.learn",
+          **given):
     """Learn the photos in a folder -> the run's path.
 
-    out: the run's folder, by default runs/<name of the folder>. model: one of train.py's.
-    again: learn even where nothing has changed. given: keys of train.py's config.
-    Raises FileNotFoundError where there are no photos, ValueError where they, or the
-    options, cannot be used, or where another learning has written the run meanwhile.
+    out: the run's folder, by default runs/<name of the folder>. model: one of
+    train.py's. again: learn even where nothing has changed. given: keys of train.py's
+    config. Raises FileNotFoundError where there are no photos, ValueError where they,
+    or the options, cannot be used, or where another learning has written the run
+    meanwhile.
     """
     started, folder = time.monotonic(), Path(folder)
-    out = Path(out or Path("runs") / folder.resolve().name)
-    c = train.with_defaults(config_for(model, given) | {"out": str(out), "pictures": False})
+    out = Path(out or Path("runs", folder.resolve().name))
+    c = config_for(model, given) | {"out": str(out), "pictures": False}
+    c = train.with_defaults(c)
     before, stamp = earlier(out), stamp_of(out)
     photos = read_folder(folder, c["image_size"])
     print_folder(photos)
-    if before and not again and same_choice(before, c, photos):
-        print(f"\nNothing is new: {out} has learned just these photos. --again learns them anyway.")
-        print_next(out)
-        return out
+    if before and not again:
+        check_folder(before, out, folder, photos)
+        if same_choice(before, c, photos):
+            print(f"\nNothing is new: {out} has learned just these photos. --again "
+                  "learns them anyway.")
+            print_next(out)
+            return out
 
-    data = photos.data
-    if model == "nearest":
-        data, shares = add_copies(data, ev.open_backbone(c, c["device"]))
-        print_turned(shares)
-        settle_coreset(c, data)
-    if model == "pca":                                      # of few photos there are no more
-        c["components"] = min(c["components"], len(split(data.train_classes, 0, c["fpr"])[0]))
+    c, data = prepare(c, photos)
     part = out / f".learning-{os.getpid()}"
     try:
-        config = c | {"out": str(part)} | ({"white": photos.white} if photos.white else {})
-        record = train.run(config, data=data, command=command, report=False)
-        state, trained = ev.load_run(part)
-        state["config"]["out"] = str(out)
-        state["photos"] = remembered(folder, photos)
-        inputs = describe(state, trained, data, c["device"])
-        state["photos"]["looks"] = looks_of(inputs.train)
-        rows = rows_of(state, trained, photos, inputs)
+        there = c | {"out": str(part)}
+        record = train.run(there, data=data, command=command, report=False)
+        state, rows, lines = complete(part, out, photos, data, record, before)
         torch.save(state, part / "model.pt")
-        said = after_learning(state, trained, record, photos, data, inputs, before)
-        seconds = f"Learned in {time.monotonic() - started:.0f} s."
-        write_page(part / "learned.html", f"What {printable(folder)} was learned from",
-                   [line.strip() for line in said], rows)
+        title = f"What was learned from {printable(folder)}"
+        write_page(part / "learned.html", title, lines, rows)
         replace_run(part, out, stamp)
     finally:
-        remove(part)
-    print(f"\n{seconds}\n" + "\n".join(said))
+        shutil.rmtree(part, ignore_errors=True)         # of this learning alone
+    print(f"\nLearned in {time.monotonic() - started:.0f} s.", *lines, sep="\n")
     print_where(out, rows)
     return out
+
+
+def prepare(c, photos):
+    """What depends on the photos: copies of them, sizes, the scale -> config, Data."""
+    c, data = dict(c), photos.data
+    if photos.white:
+        c["white"] = photos.white
+    if c["model"] == "nearest":
+        data, shares = add_copies(data, ev.open_backbone(c, c["device"]))
+        print_turned(shares)
+        tokens = len(data.train) * (c["image_size"] // c["grid_stride"]) ** 2
+        c["coreset"] = min(c["coreset"], BANK_TOKENS / tokens)
+    if c["model"] == "pca":                         # of few photos there are no more
+        trained = split(data.train_classes, c["seed"], c["fpr"])[0]
+        c["components"] = min(c["components"], len(trained))
+    return c, data
+
+
+def complete(part, out, photos, data, record, before):
+    """Add to a run what judging photos needs -> state, Rows of a page, lines."""
+    state, model = ev.load_run(part, record["config"]["device"])
+    inputs = ev.open_data(state["config"], record["config"]["device"], state, data)[1]
+    state["config"]["out"] = str(out)
+    state["photos"] = {
+        "folder": str(photos.root), "files": photos.files, "keys": photos.keys,
+        "kinds": data.train_categories, "shapes": list(map(list, photos.shapes)),
+        "appearance": appearance(data.train)}
+    stored = all_stored(state, inputs)
+    state["photos"]["looks"] = looks_of(stored)
+    rows = rows_of(state, model, photos, stored, inputs.prepare)
+    return state, rows, after_learning(state, model, record, data, inputs, before)
 
 
 # ---- the run on disk ----
@@ -119,77 +143,69 @@ def stamp_of(out):
 
 
 def replace_run(part, out, stamp):
-    """Move what was learned to its place. ValueError: another learning was there first."""
+    """Move what was learned to its place. ValueError: another learning was first."""
     if stamp_of(out) != stamp:
-        raise ValueError(f"another learning has written {out} meanwhile: it is left as it is. "
-                         "Name another folder by --out, or learn again")
-    for name in ("run.json", "learned.html", "model.pt"):               # model.pt is what counts
+        raise ValueError(f"another learning has written {out} meanwhile: it is left as "
+                         "it is. Name another folder by --out, or learn again")
+    for name in ("run.json", "learned.html", "model.pt"):   # the last is what counts
         os.replace(part / name, out / name)
 
 
-def remove(part):
-    """Remove the folder that this learning has made."""
-    shutil.rmtree(part, ignore_errors=True)
+def check_folder(before, out, folder, photos):
+    """Raise ValueError where a run has learned another folder of the same name."""
+    learned = before["photos"]
+    if learned["folder"] != str(folder) and not {*learned["keys"]} & {*photos.keys}:
+        raise ValueError(f"{out} has learned other photos, of {learned['folder']}. "
+                         "Name another folder by --out; --again replaces that run")
 
 
 def same_choice(before, c, photos):
     """Whether a saved run has learned the same photos in the same way."""
-    old = before["config"]
-    settled = ("device", "out", "white", "epochs", "eval_every", "amp", "coreset",
-               "components")
-    options = {key: value for key, value in c.items() if key not in settled}
-    same_options = all(old.get(key) == value or list(value) == list(old.get(key, ()))
-                       if isinstance(value, tuple) else old.get(key) == value
-                       for key, value in options.items())
-    learned = before["photos"]
-    return (same_options and sorted(learned["keys"]) == sorted(photos.keys)
-            and sorted(learned["kinds"]) == sorted(photos.data.train_categories))
-
-
-def remembered(folder, photos):
-    """What judging and learning again need to know of the photos, as plain values."""
-    return {"folder": str(folder), "files": photos.files, "keys": photos.keys,
-            "kinds": photos.data.train_categories,
-            "shapes": [list(shape) for shape in photos.shapes],
-            "appearance": appearance(photos.data.train)}
-
-
-# ---- the memory ----
-
-def settle_coreset(c, data):
-    """Lower c["coreset"] where the memory would hold more than BANK_TOKENS."""
-    tokens = len(data.train) * (c["image_size"] // c["grid_stride"]) ** 2
-    c["coreset"] = min(c["coreset"], BANK_TOKENS / tokens)
+    old, learned = before["config"], before["photos"]
+    settled = ("device", "out", "epochs", "eval_every", "amp", "coreset", "components")
+    same_photos = sorted(zip(learned["keys"], learned["kinds"])) == sorted(
+        zip(photos.keys, photos.data.train_categories))
+    return same_photos and all(old[key] == c[key] for key in c if key not in settled)
 
 
 # ---- how well each photo fits the others ----
 
-def describe(state, model, data, device):
-    """The Inputs of a run that was just learned: its features come from the cache."""
-    return ev.open_data(state["config"], device, state, data)[1]
+def parts_of(state):
+    """Which photos were trained on, and which were set aside: two tensors of numbers.
 
-
-def scores_of(state):
-    """How far each photo differs from the others: {number in the folder: score}.
-
-    Of nearest tokens these are all photos, and of other models those set aside.
+    For nearest tokens none is set aside: each photo is compared with the others.
     """
-    c, learned, scores = state["config"], state["photos"], state["calibration"]["scores"]
-    numbers = range(len(learned["kinds"]))
-    if c["model"] != "nearest":
-        numbers = split(learned["kinds"], c["seed"], c["fpr"])[1].tolist()
-    result = {}
-    for kind, own in scores.items():
-        mine = [i for i in numbers if learned["kinds"][i] == kind]
-        result.update(zip(mine, own.tolist()))
-    return result
+    c = state["config"]
+    fpr = None if c["model"] == "nearest" else c["fpr"]
+    return split(state["photos"]["kinds"], c["seed"], fpr)
+
+
+def all_stored(state, inputs):
+    """The photos as the model sees them, not yet prepared, in the folder's order."""
+    trained, aside = parts_of(state)
+    stored = inputs.train.new_empty(len(trained) + len(aside), *inputs.train.shape[1:])
+    stored[trained], stored[aside] = inputs.train, inputs.calibration
+    return stored
+
+
+def scores_of(state, kind):
+    """How far the photos of a kind differ from the others: {number: score}.
+
+    The numbers count the photos of the folder. Of nearest tokens these are all photos,
+    and of other models those set aside.
+    """
+    trained, aside = parts_of(state)
+    numbers = trained if state["config"]["model"] == "nearest" else aside
+    own = [i for i in numbers.tolist() if state["photos"]["kinds"][i] == kind]
+    # The scores of copies, if there are any, come after those of the photos themselves.
+    return dict(zip(own, state["calibration"]["scores"][kind].tolist()))
 
 
 def unusual_of(scores):
     """Which of the scores lie far above the rest: numbers, the largest first.
 
-    Far is five times the median distance from the median, made comparable with a standard
-    deviation. Of fewer than eight scores none can be told.
+    Far is five times the median distance from the median, made comparable with a
+    standard deviation. Of fewer than eight scores none can be told.
     """
     values = torch.tensor(list(scores.values()), dtype=torch.float64)
     if len(values) < 8:
@@ -200,39 +216,42 @@ def unusual_of(scores):
     return sorted(far, key=lambda i: -scores[i])
 
 
-def rows_of(state, model, photos, inputs):
+def threshold_without(state, kind, unusual):
+    """What the threshold of a kind would be without some of its photos, about.
+
+    The other photos keep the scores that they have. unusual: numbers of photos.
+    """
+    own = list(scores_of(state, kind))
+    scores = state["calibration"]["scores"][kind]
+    # Copies come in rounds, each in the order of the photos.
+    kept = [score for i, score in enumerate(scores.tolist())
+            if own[i % len(own)] not in unusual]
+    return ev.threshold(kept, state["config"]["fpr"])
+
+
+def rows_of(state, model, photos, stored, prepare):
     """Rows for learned.html: the photos that fit the others least."""
-    c, learned = state["config"], state["photos"]
+    c, kinds = state["config"], state["photos"]["kinds"]
     calibration = ev.Calibration(**state["calibration"])
-    scores = scores_of(state)
-    unusual = set()
+    scores, unusual = {}, set()
     for kind in calibration.thresholds:
-        unusual |= set(unusual_of({i: s for i, s in scores.items() if learned["kinds"][i] == kind}))
-    order = sorted(scores, key=lambda i: -scores[i] / (calibration.thresholds[
-        learned["kinds"][i]] or 1))[:ON_PAGE]
-    if not order:
-        return []
-    device = next(model.parameters()).device
-    if c["model"] == "nearest":
-        stored, leave_out = inputs.train[order], torch.tensor(order)
-    else:
-        place = {number: i for i, number in enumerate(
-            split(learned["kinds"], c["seed"], c["fpr"])[1].tolist())}
-        stored, leave_out = inputs.calibration[[place[i] for i in order]], None
-    model.to(device)
-    errors = ev.error_maps(model, stored, inputs.prepare, leave_out)
-    judge = Judge.__new__(Judge)                            # its heat map needs no more than these
-    judge.config, judge.calibration = c, calibration
-    judge.thresholds = calibration.thresholds
+        own = scores_of(state, kind)
+        scores.update(own)
+        unusual.update(unusual_of(own))
+    ratio = {}
+    for i, score in scores.items():
+        ratio[i] = score / max(calibration.thresholds[kinds[i]], 1e-12)
+    order = sorted(ratio, key=lambda i: -ratio[i])[:ON_PAGE]
+    leave_out = torch.tensor(order) if c["model"] == "nearest" else None
+    errors = ev.error_maps(model, stored[order], prepare, leave_out)
     rows = []
     for i, error in zip(order, errors):
-        kind = learned["kinds"][i]
-        limit = calibration.thresholds[kind]
+        limit = calibration.thresholds[kinds[i]]
+        heat = heat_map_of(error, kinds[i], limit, c, calibration)
         picture = read_photo(photos.root / photos.files[i], 16, photos.white).picture
-        heat = lay_over(picture, judge.heat_map(error[None], kind))
-        rows.append(Row(printable(photos.files[i]), embedded(picture), embedded(heat),
-                        scores[i] / max(limit or 1, 1e-12),
-                        f"score {scores[i]:.4g}, threshold {limit:.4g}, {kind}",
+        text = f"score {scores[i]:.4g}, {ratio[i]:.2f} x the threshold"
+        rows.append(Row(printable(photos.files[i]), embedded(picture),
+                        embedded(lay_over(picture, heat)), ratio[i], text,
                         ("unusual",) if i in unusual else ("normal",)))
     return rows
 
@@ -244,35 +263,46 @@ def print_folder(photos):
     data = photos.data
     for kind in sorted(set(data.train_categories)):
         members = [i for i, other in enumerate(data.train_categories) if other == kind]
-        tested = [label for label, other in zip(data.labels.tolist(), data.categories)
-                  if other == kind]
-        to_test = f"; to test by {tested.count(0)} good and {tested.count(1)} defective ones"
-        print(f"{printable(kind)}: {len(members):,} photos of good parts"
-              f"{to_test if tested else ''}")
-        shapes = [tuple(photos.shapes[i]) for i in members]
-        if max(map(aspect, shapes)) - min(map(aspect, shapes)) > 0.05:
-            counts = {shape: shapes.count(shape) for shape in sorted(set(shapes))}
-            several = ", ".join(f"{count} of {w} x {h}" for (w, h), count in counts.items())
-            print(f"  WARNING: the photos have several shapes ({several} pixels). Each is squeezed "
-                  "to one square, so parts differ by it. Crop them to one shape.")
-        groups = near_copies(data.train[members])
-        alike = sum(groups.count(group) > 1 for group in groups)
-        if alike >= 0.2 * len(members):
-            print(f"  WARNING: {alike} of the photos are near-copies of others, as from a burst or "
-                  f"a video. They show about {len(set(groups))} different parts, and the threshold "
-                  "will be too low for new ones. Take one photo of each of many parts.")
+        labels = data.labels[ev.is_of(data.categories, kind)].tolist()
+        line = f"{printable(kind)}: {len(members):,} photos of good parts"
+        if labels:
+            good, bad = labels.count(0), labels.count(1)
+            line += f"; to test by {good} good and {bad} defective ones"
+        print(line)
+        print_shapes([tuple(photos.shapes[i]) for i in members])
+        print_near_copies(near_copies(data.train[members]))
+
+
+def print_shapes(shapes):
+    """A warning where photos of one kind have several shapes."""
+    if max(map(aspect, shapes)) - min(map(aspect, shapes)) > 0.05:
+        counts = [f"{shapes.count(shape)} of {shape[0]} x {shape[1]}"
+                  for shape in sorted(set(shapes))]
+        print(f"  WARNING: the photos have several shapes ({', '.join(counts)} pixels)."
+              " Each is squeezed to one square, so parts differ by it. Crop them to one "
+              "shape.")
+
+
+def print_near_copies(groups):
+    """A warning where a fifth of the photos are near-copies. groups: see near_copies."""
+    alike, parts = sum(groups.count(group) > 1 for group in groups), len(set(groups))
+    if alike >= 0.2 * len(groups):
+        print(f"  WARNING: {alike} of the photos are near-copies of others, as from a "
+              f"burst or a video. They show about {parts} different parts, and the "
+              "threshold will be too low for new ones. Take one photo of each of many "
+              "parts.")
 
 
 def print_turned(shares):
-    """Which kinds lie anyhow, so that turned copies of their photos are learned, too."""
+    """Which kinds lie anyhow, so that turned copies of them are learned, too."""
     for kind, share in shares.items():
         if share >= NEAREST_ARE_TURNED:
-            print(f"{printable(kind)}: the parts lie anyhow. Turned copies of the photos are "
-                  "learned, too.")
+            print(f"{printable(kind)}: the parts lie anyhow. Turned copies of the photos "
+                  "are learned, too.")
 
 
 def what_is_stood(state, model, kind, data, device):
-    """How far good parts of a kind may move before they are called anomalous: a line."""
+    """How far good parts may move before they are called anomalous: a line."""
     c, calibration = state["config"], ev.Calibration(**state["calibration"])
     backbone = ev.open_backbone(c, device, state)
     members = [i for i, other in enumerate(data.train_categories) if other == kind]
@@ -288,93 +318,99 @@ def what_is_stood(state, model, kind, data, device):
     return stands_in_words(stood)
 
 
-def after_learning(state, model, record, photos, data, inputs, before):
+def after_learning(state, model, record, data, inputs, before):
     """Thresholds, what was seen on the test photos, and doubts: lines."""
     c, calibration = state["config"], ev.Calibration(**state["calibration"])
     lines = []
     for kind, limit in calibration.thresholds.items():
-        row = record["metrics"]["categories"][kind]
         named = "" if len(calibration.thresholds) == 1 else f"{printable(kind)}: "
         if limit is None:
-            lines.append(f"{named}There is no threshold: a single photo is too few. Add photos.")
+            lines.append(f"{named}There is no threshold: a single photo is too few. "
+                         "Add photos.")
             continue
-        lines.append(f"{named}Threshold {limit:.4g}. {promise(calibration.images[kind], c['fpr'])}")
+        promised = promise(calibration.images[kind], c["fpr"])
+        lines.append(f"{named}Threshold {limit:.4g}. {promised}")
         if c["model"] == "nearest":
             lines.append(what_is_stood(state, model, kind, data, c["device"]))
+        row = record["metrics"]["categories"][kind]
         lines += ev.about_threshold(kind, row, c["fpr"])[1:]
+        lines += about_unusual(state, kind)
     lines += table_of_found(state, model, data, inputs)
     if before:
         lines += compared(before, state)
-    lines += about_unusual(state, photos)
     if len(calibration.thresholds) > 1:
-        kinds, looks = state["photos"]["kinds"], state["photos"]["looks"]
-        right = sum(kinds[i] == kind for i, kind in
-                    zip(nearest_look(looks, looks, leave_out=True), kinds))
-        lines.append(f"A photo's kind is told from the photo itself: rightly for {right} of "
-                     f"{len(kinds)} (each compared with the others). --kind gives it.")
+        lines.append(about_kinds(state["photos"]))
     return lines
 
 
+def about_unusual(state, kind):
+    """Which good photos of a kind fit so badly that they may show a defect: lines."""
+    unusual = unusual_of(scores_of(state, kind))
+    if not unusual:
+        return []
+    names = name_some([state["photos"]["files"][i] for i in unusual], 5)
+    limit = state["calibration"]["thresholds"][kind]
+    without = threshold_without(state, kind, unusual)
+    fit, these = ("fits", "it") if len(unusual) == 1 else ("fit", "all of these")
+    return [f"LOOK: {names} {fit} the other good photos badly (learned.html shows the "
+            "worst first). Where you see a defect, take the photo out: without "
+            f"{these} the threshold would be about {without:.4g} instead of {limit:.4g}."]
+
+
+def about_kinds(learned):
+    """How often a photo's kind is told rightly, if each is compared with the others."""
+    nearest = nearest_look(learned["looks"], learned["looks"], leave_out=True)
+    kinds = learned["kinds"]
+    right = sum(kinds[i] == kind for i, kind in zip(nearest, kinds))
+    return (f"A photo's kind is told from the photo itself, rightly for {right} of "
+            f"{len(kinds)} (each compared with the others). --kind gives it.")
+
+
 def table_of_found(state, model, data, inputs):
-    """For other shares of false alarms: the threshold, and what it does on the test photos."""
+    """Thresholds for other shares of false alarms, and what they do to test photos."""
     if not data.labels.any():
         return []
     c, calibration = state["config"], ev.Calibration(**state["calibration"])
     names = list(calibration.thresholds)
-    device = next(model.parameters()).device
-    errors = ev.error_maps(model, inputs.test.to(device), inputs.prepare)
-    scores = ev.category_scores(errors, names, c, calibration)
+    errors = ev.error_maps(model, inputs.test, inputs.prepare)
+    scores = ev.category_scores(errors, names, c, calibration)          # (M, K)
     lines = []
     for number, kind in enumerate(names):
         mine = ev.is_of(data.categories, kind)
         own, labels = scores[mine, number], data.labels[mine]
         if not labels.any() or calibration.thresholds[kind] is None:
             continue
-        lines.append(f"On the test photos of {printable(kind)}, by --false-alarms of judge.py:")
-        lines.append(f"  {'promised':>9}{'threshold':>12}{'false alarms':>15}{'found':>13}")
+        lines.append(f"On the test photos of {printable(kind)}, by the option "
+                     "--false-alarms of judge.py:")
+        lines.append("   promised   threshold   false alarms        found")
         for fpr in RATES:
             if fpr * (calibration.images[kind] + 1) < 1:
-                continue                                    # cannot be promised
+                continue                                # cannot be promised
             limit = ev.threshold_of(kind, calibration, c["score"], fpr)
             good, bad = own[labels == 0] > limit, own[labels == 1] > limit
-            lines.append(f"  {percent(fpr):>9}{limit:>12.4g}{f'{int(good.sum())} of {len(good)}':>15}"
-                         f"{f'{int(bad.sum())} of {len(bad)}':>13}")
+            alarms = f"{int(good.sum())} of {len(good)}"
+            found = f"{int(bad.sum())} of {len(bad)}"
+            lines.append(f"  {percent(fpr):>9}{limit:>12.4g}{alarms:>15}{found:>13}")
     return lines
 
 
 def compared(before, state):
     """What has changed since the run was learned the last time: lines."""
     old, new = before["photos"], state["photos"]
-    added = [f for f, key in zip(new["files"], new["keys"]) if key not in old["keys"]]
-    gone = [f for f, key in zip(old["files"], old["keys"]) if key not in new["keys"]]
-    lines = [f"Since the last time: {len(added)} photos are new"
-             f"{f' ({name_some(added)})' if added else ''}, {len(gone)} are gone"
-             f"{f' ({name_some(gone)})' if gone else ''}."]
-    limits = before["calibration"]["thresholds"]
+    added = [file for file, key in zip(new["files"], new["keys"])
+             if key not in old["keys"]]
+    gone = [file for file, key in zip(old["files"], old["keys"])
+            if key not in new["keys"]]
+    words = []
+    for files, word in ((added, "new"), (gone, "gone")):
+        named = f" ({name_some(files)})" if files else ""
+        words.append(f"{len(files):,} {word}{named}")
+    lines = [f"Photos since the last time: {', '.join(words)}."]
     for kind, limit in state["calibration"]["thresholds"].items():
-        earlier_limit = limits.get(kind)
+        earlier_limit = before["calibration"]["thresholds"].get(kind)
         if limit is not None and earlier_limit is not None:
-            lines.append(f"The threshold of {printable(kind)} was {earlier_limit:.4g} and is "
-                         f"{limit:.4g} now.")
-    return lines
-
-
-def about_unusual(state, photos):
-    """Which of the good photos fit the others so badly that they may be none: lines."""
-    c, calibration, learned = state["config"], state["calibration"], state["photos"]
-    scores, lines = scores_of(state), []
-    for kind in calibration["thresholds"]:
-        own = {i: score for i, score in scores.items() if learned["kinds"][i] == kind}
-        unusual = unusual_of(own)
-        if not unusual:
-            continue
-        rest = [score for i, score in own.items() if i not in unusual]
-        without = ev.threshold(rest, c["fpr"])
-        names = [photos.files[i] for i in unusual]
-        lines.append(f"LOOK: {name_some(names, 5)} fit the other good photos of {printable(kind)} "
-                     "badly (learned.html shows them first). If they show defects, take them out: "
-                     f"the threshold would be about {without:.4g} instead of "
-                     f"{calibration['thresholds'][kind]:.4g}.")
+            lines.append(f"The threshold of {printable(kind)} was {earlier_limit:.4g} "
+                         f"and is {limit:.4g} now.")
     return lines
 
 
@@ -382,12 +418,12 @@ def print_where(out, rows):
     """Where everything lies, and the next command."""
     cache = Path(ev.FEATURE_CACHE)
     if cache.is_dir():
-        size = sum(path.stat().st_size for path in cache.glob("**/*") if path.is_file())
-        print(f"Features of photos are kept in {cache} ({size / 2 ** 20:,.0f} MB), so that learning "
-              "again is fast. Delete it whenever you like.")
+        size = sum(path.stat().st_size for path in cache.iterdir())
+        print(f"Features of photos are kept in {cache} ({size / 2 ** 20:,.0f} MB), so "
+              "that learning again is fast. Delete it whenever you like.")
     if rows:
-        print(f"page: {out / 'learned.html'}   (how each photo fits the others; open it in a "
-              "browser)")
+        print(f"page: {printable(out / 'learned.html')}   (how photos fit the others; "
+              "open it in a browser)")
     print_next(out)
 
 
@@ -401,22 +437,25 @@ def parser():
     p = argparse.ArgumentParser(
         description="Learn photos of good parts.", allow_abbrev=False)
     add = p.add_argument
-    add("folder", help="photos of good parts; README.md in photos/ says how it may be laid out")
+    add("folder", help="photos of good parts; photos/README.md says how to lay it out")
     add("--out", help="the run's folder (default: runs/NAME-OF-THE-FOLDER)")
     add("--false-alarms", type=float, metavar="SHARE", dest="fpr",
         help="the share of good parts that may be called anomalous (default: .05)")
-    add("--model", choices=train.DEFAULTS, default="nearest", help="what learns (default: nearest)")
+    add("--model", choices=train.DEFAULTS, default="nearest",
+        help="what learns (default: nearest)")
     add("--backbone", help="the frozen CNN (default: efficientnet_lite2)")
-    add("--image-size", type=int, help="pixels that a photo is squeezed to (default: 224)")
+    add("--image-size", type=int,
+        help="the side in pixels that a photo is squeezed to (default: 224)")
     add("--again", action="store_true", help="learn even where no photo has changed")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), help="default: the first there is")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"),
+        help="default: the first there is")
     return p
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     args = vars(parser().parse_args(argv))
-    for stream in (sys.stdout, sys.stderr):                             # names in any script
+    for stream in (sys.stdout, sys.stderr):             # names in any script
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     try:
         learn(**args, command=shlex.join(["python", "photos/learn.py", *argv]))

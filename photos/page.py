@@ -1,7 +1,7 @@
 """A page to look at: photos with their heat maps, worst first, as one plain HTML file.
 
-It opens from disk, and needs no server and no other software. The buttons at its top show
-the anomalous photos alone, or the doubtful ones; so does judged.html#anomalous.
+It opens from disk, and needs no server and no other software. The buttons at its top
+show the anomalous photos alone, or the doubtful ones; so does judged.html#anomalous.
 """
 import base64
 import html
@@ -31,8 +31,8 @@ def lay_over(picture, heat):
 
     The colors go from 0, which is clear, to 2, through which the picture is still seen.
     """
-    shape = picture.size
-    heat = Image.fromarray(np.asarray(heat, np.float32)).resize(shape, Image.Resampling.BILINEAR)
+    heat = Image.fromarray(np.asarray(heat, np.float32))
+    heat = heat.resize(picture.size, Image.Resampling.BILINEAR)
     heat = (np.asarray(heat) / 2).clip(0, 1)                        # (H, W)
     colors = colormaps["inferno"](heat)[..., :3] * 255              # (H, W, 3)
     opacity = 0.7 * (heat[..., None] * 1.6 - 0.2).clip(0, 1)
@@ -41,14 +41,15 @@ def lay_over(picture, heat):
 
 
 def embedded(picture):
-    """A picture as an address that holds it, so that the page needs no file beside it."""
+    """A picture as an address that holds it, so that the page needs no file beside."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 0; color: #222; background: #f4f4f2 }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0; color: #222;
+       background: #f4f4f2 }
 header { background: #fff; border-bottom: 1px solid #ddd; padding: 1em 1.5em }
 h1 { font-size: 1.25em; margin: 0 0 .3em }
 header p { margin: .15em 0; max-width: 60em }
@@ -57,8 +58,8 @@ nav { position: sticky; top: 0; z-index: 1; background: #fff; padding: .5em 1.5e
 nav a { color: #222; text-decoration: none; padding: .2em .7em; border: 1px solid #bbb;
         border-radius: 1em; margin-right: .4em; white-space: nowrap }
 nav a.on { background: #222; color: #fff }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 14px;
-       padding: 1.2em 1.5em }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr));
+       gap: 14px; padding: 1.2em 1.5em }
 figure { margin: 0; background: #fff; border-radius: 6px; overflow: hidden;
          border-top: 5px solid #7a9 }
 figure.doubtful, figure.unusual { border-color: #e3a020 }
@@ -90,12 +91,12 @@ show();
 
 def scale_colors():
     """The heat map's colors as CSS names them, from 0 to twice the threshold."""
-    stops = [colormaps["inferno"](value)[:3] for value in np.linspace(0, 1, 9)]
-    return ", ".join("#" + "".join(f"{round(255 * part):02x}" for part in stop) for stop in stops)
+    stops = colormaps["inferno"](np.linspace(0, 1, 9), bytes=True)[:, :3]
+    return ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in stops)
 
 
 def write_page(path, title, facts, rows):
-    """Write the page: facts are lines for its top, rows are Rows. The worst come first."""
+    """Write the page. facts: lines for its top. rows: Rows; the worst come first."""
     rows = sorted(rows, key=lambda row: -row.ratio)
     links, figures = [], []
     for tag in TAGS:
@@ -107,8 +108,8 @@ def write_page(path, title, facts, rows):
     lines = "".join(f"<p>{html.escape(fact)}</p>\n" for fact in facts)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
-<meta name="viewport" content="width=device-width"><style>{STYLE.replace("SCALE", scale_colors())}
-</style></head><body>
+<meta name="viewport" content="width=device-width">
+<style>{STYLE.replace("SCALE", scale_colors())}</style></head><body>
 <header><h1>{html.escape(title)}</h1>
 {lines}<p>Heat map: as usual<span class="scale"></span>twice the threshold or more.
 Point at a photo to see it without its heat map.</p></header>
@@ -127,7 +128,8 @@ def figure(row):
     for kind in ("photo", "heat"):
         address = getattr(row, kind)
         if address:
-            pictures += f'<img class="{kind}" src="{html.escape(address)}" loading="lazy" alt="">'
+            address = html.escape(address)
+            pictures += f'<img class="{kind}" src="{address}" loading="lazy" alt="">'
     folder, _, name = row.name.rpartition("/")
     return (f'<figure class="{" ".join(row.tags)}"><div class="both">{pictures}</div>'
             f"<figcaption><b>{html.escape(name)}</b>{html.escape(row.text)}"
