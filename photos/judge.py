@@ -32,7 +32,7 @@ from photos.images import (appearance, has_another_shape, how_they_differ, list_
 from photos.page import Row, lay_over, write_page
 
 NORMAL, ANOMALOUS, NO_VERDICT, INTERRUPTED = 0, 10, 2, 130      # exit statuses
-DOUBTFUL = 0.15                     # a score so near the threshold, as a share of it
+DOUBTFUL = 0.1                      # a score so near the threshold, as a share of it
 BATCH = 8                           # photos judged at a time
 ENOUGH = 5                          # photos from which it is said how all differ
 
@@ -44,7 +44,7 @@ class Verdict(NamedTuple):
     score: float                    # how far it differs from the good ones
     threshold: float                # None where the run has none
     anomalous: bool                 # score > threshold, or None
-    doubtful: bool                  # the score is within 15 % of the threshold
+    doubtful: bool                  # the score is within 10 % of the threshold
     heat_map: np.ndarray            # (S, S) float32, see `heat_map_of`
     peak_x: float                   # where the heat map is largest, from 0 (left) to 1
     peak_y: float                   # from 0 (top) to 1
@@ -167,8 +167,9 @@ class Judge:
             limits = [math.inf if limit is None else max(limit, 1e-12)
                       for limit in self.thresholds.values()]
             return (scores / torch.tensor(limits)).argmin(1).tolist()
-        nearest = nearest_look(looks_of(stored), self.learned["looks"])
-        return [self.kinds.index(self.learned["kinds"][i]) for i in nearest]
+        looks, kinds = self.learned["looks"], self.learned["kinds"]
+        nearest = nearest_look(looks_of(stored), looks, kinds)
+        return [self.kinds.index(kinds[i]) for i in nearest]
 
     def promise(self, kind):
         """What may be expected of the threshold of a kind, as sentences."""
@@ -231,14 +232,21 @@ def looks_of(stored):
     return values[:, :, places.round().long()].flatten(1)
 
 
-def nearest_look(looks, learned, leave_out=False):
+def nearest_look(looks, learned, kinds, leave_out=False):
     """The number of the learned photo that looks most alike.
 
-    looks: (B, D). learned: (N, D). leave_out: the looks are those learned, and none is
-    compared with itself. -> B numbers
+    looks: (B, D). learned: (N, D). kinds: N names. leave_out: the looks are those
+    learned, and none is compared with itself. Differences count by how far photos of one
+    kind differ. -> B numbers
     """
-    width = learned.std(0, correction=0).clamp(min=1e-6)
-    distances = torch.cdist(looks / width, learned / width)
+    within = torch.zeros(learned.shape[1])
+    for kind in set(kinds):
+        own = learned[ev.is_of(kinds, kind)]
+        within += own.var(0, correction=0) * len(own) / len(learned)
+    # A value that hardly varies must not turn its noise into a large distance.
+    width = within.sqrt() + 0.05 * within.sqrt().mean() + 1e-6
+    distances = torch.cdist(looks / width, learned / width,
+                            compute_mode="donot_use_mm_for_euclid_dist")
     if leave_out:
         distances.fill_diagonal_(math.inf)
     return distances.argmin(1).tolist()

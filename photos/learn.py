@@ -279,12 +279,12 @@ def print_shapes(shapes):
         counts = [f"{shapes.count(shape)} of {shape[0]} x {shape[1]}"
                   for shape in sorted(set(shapes))]
         print(f"  WARNING: the photos have several shapes ({', '.join(counts)} pixels)."
-              " Each is squeezed to one square, so parts differ by it. Crop them to one "
+              " Each is squeezed to a square, so parts differ by it. Crop them to one "
               "shape.")
 
 
 def print_near_copies(groups):
-    """A warning where a fifth of the photos are near-copies. groups: see near_copies."""
+    """A warning where a fifth are near-copies. groups: see images.near_copies."""
     alike, parts = sum(groups.count(group) > 1 for group in groups), len(set(groups))
     if alike >= 0.2 * len(groups):
         print(f"  WARNING: {alike} of the photos are near-copies of others, as from a "
@@ -297,7 +297,7 @@ def print_turned(shares):
     """Which kinds lie anyhow, so that turned copies of them are learned, too."""
     for kind, share in shares.items():
         if share >= NEAREST_ARE_TURNED:
-            print(f"{printable(kind)}: the parts lie anyhow. Turned copies of the photos "
+            print(f"{printable(kind)}: the parts lie anyhow. Turned copies of them "
                   "are learned, too.")
 
 
@@ -331,7 +331,7 @@ def after_learning(state, model, record, data, inputs, before):
         promised = promise(calibration.images[kind], c["fpr"])
         lines.append(f"{named}Threshold {limit:.4g}. {promised}")
         if c["model"] == "nearest":
-            lines.append(what_is_stood(state, model, kind, data, c["device"]))
+            lines.append("  " + what_is_stood(state, model, kind, data, c["device"]))
         row = record["metrics"]["categories"][kind]
         lines += ev.about_threshold(kind, row, c["fpr"])[1:]
         lines += about_unusual(state, kind)
@@ -352,15 +352,16 @@ def about_unusual(state, kind):
     limit = state["calibration"]["thresholds"][kind]
     without = threshold_without(state, kind, unusual)
     fit, these = ("fits", "it") if len(unusual) == 1 else ("fit", "all of these")
-    return [f"LOOK: {names} {fit} the other good photos badly (learned.html shows the "
+    return [f"  LOOK: {names} {fit} the other good photos badly (learned.html shows the "
             "worst first). Where you see a defect, take the photo out: without "
-            f"{these} the threshold would be about {without:.4g} instead of {limit:.4g}."]
+            f"{these} the threshold would be about {without:.4g} instead of "
+            f"{limit:.4g}."]
 
 
 def about_kinds(learned):
-    """How often a photo's kind is told rightly, if each is compared with the others."""
-    nearest = nearest_look(learned["looks"], learned["looks"], leave_out=True)
-    kinds = learned["kinds"]
+    """How often a photo's kind is told rightly from the other photos: a line."""
+    looks, kinds = learned["looks"], learned["kinds"]
+    nearest = nearest_look(looks, looks, kinds, leave_out=True)
     right = sum(kinds[i] == kind for i, kind in zip(nearest, kinds))
     return (f"A photo's kind is told from the photo itself, rightly for {right} of "
             f"{len(kinds)} (each compared with the others). --kind gives it.")

@@ -53,6 +53,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0; color: #222;
 header { background: #fff; border-bottom: 1px solid #ddd; padding: 1em 1.5em }
 h1 { font-size: 1.25em; margin: 0 0 .3em }
 header p { margin: .15em 0; max-width: 60em }
+pre { white-space: pre-wrap; font-size: .9em; max-width: 75em }
+summary { cursor: pointer }
 nav { position: sticky; top: 0; z-index: 1; background: #fff; padding: .5em 1.5em;
       border-bottom: 1px solid #ddd }
 nav a { color: #222; text-decoration: none; padding: .2em .7em; border: 1px solid #bbb;
@@ -105,13 +107,12 @@ def write_page(path, title, facts, rows):
             links.append(f'<a href="#{tag}">{tag} ({count:,})</a>')
     for row in rows:
         figures.append(figure(row))
-    lines = "".join(f"<p>{html.escape(fact)}</p>\n" for fact in facts)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width">
 <style>{STYLE.replace("SCALE", scale_colors())}</style></head><body>
 <header><h1>{html.escape(title)}</h1>
-{lines}<p>Heat map: as usual<span class="scale"></span>twice the threshold or more.
+{text_of(facts)}<p>Heat map: as usual<span class="scale"></span>twice the threshold or more.
 Point at a photo to see it without its heat map.</p></header>
 <nav>{"".join(links)}</nav>
 <main>
@@ -120,6 +121,14 @@ Point at a photo to see it without its heat map.</p></header>
 """
     with open(path, "w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(page)
+
+
+def text_of(facts):
+    """Lines as HTML. Many of them, or a table, are shown when they are asked for."""
+    if len(facts) <= 8:
+        return "".join(f"<p>{html.escape(fact)}</p>\n" for fact in facts)
+    return ("<details><summary>What was said</summary><pre>"
+            + html.escape("\n".join(facts)) + "</pre></details>\n")
 
 
 def figure(row):

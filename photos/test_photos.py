@@ -13,6 +13,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,6 +352,12 @@ def test_a_measure_of_appearance_moves_with_what_it_is_named_for():
                          (blurred, "blurrier"), (x, None)):
         found = images.how_they_differ(images.appearance(other), usual)
         assert words in found if words else not found, (words, found)
+    plain = torch.full((8, 3, 64, 64), 50, dtype=torch.uint8)
+    plain[:, :, 20:40, 20:40] = 200                         # moved: 9 pixels of 64
+    usual = images.appearance(plain)
+    for other, words in ((plain.roll(9, 3), "shifted to the right"),
+                         (plain.roll(-9, 2), "shifted up")):
+        assert images.how_they_differ(images.appearance(other), usual) == [words]
 
 
 def test_a_photo_among_the_good_ones_that_shows_a_defect_is_pointed_at():
@@ -477,22 +486,47 @@ def test_a_run_is_replaced_when_the_new_one_is_complete_and_by_one_learning_only
 
 def test_any_model_learns_photos_and_a_run_of_train_py_is_not_replaced():
     make_photos(count=30)
-    for model in ("pca", "mlp"):
-        text = call(learn.main, f"good --model {model} --out {model} --backbone resnet18" if
-                    model == "mlp" else f"good --model {model} --out {model}",
-                    2 if model == "mlp" and not has_weights() else 0)
+    small = {key: SMALL[key] for key in ("backbone", "backbone_weights", "image_size")}
+    for model, given in (("pca", {}), ("mlp", small | {"epochs": 2}), ("ae", {"epochs": 2})):
+        said(learn.learn, "good", f"runs/{model}", model=model, **given)
+        verdict = Judge(f"runs/{model}")("good/000.png")
+        assert verdict.threshold is not None and np.isfinite(verdict.score)
     call(train.main, "--model pca --out digits")
     assert "holds a run of train.py" in call(learn.main, "good --model pca --out digits", 2)
 
 
-def has_weights():
-    """Whether torchvision has ResNet-18's weights here."""
-    try:
-        import torchvision
-        torchvision.models.ResNet18_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
-    except Exception:
-        return False
-    return True
+def test_a_run_is_not_replaced_by_another_folder_of_the_same_name():
+    make_photos("a/good")
+    make_photos("b/good", start=100)
+    call(learn.main, "a/good --model pca")
+    before = Path("runs/good/model.pt").read_bytes()
+    assert "has learned other photos, of a/good" in call(learn.main, "b/good --model pca", 2)
+    assert Path("runs/good/model.pt").read_bytes() == before
+    call(learn.main, "b/good --model pca --again")
+
+
+def test_features_are_computed_of_new_photos_alone(monkeypatch):
+    make_photos(count=20)
+    call(learn.main, "good")
+    computed, original = [], data.compute_features
+
+    def compute(backbone, images, name):
+        computed.append(len(images))
+        return original(backbone, images, name)
+    monkeypatch.setattr(data, "compute_features", compute)
+    make_photos(count=2, start=90)                          # last by their names
+    text = call(learn.main, "good")
+    assert sum(computed) == 2 * 2                           # each, and one moved copy of it
+    assert "Features of photos are kept in runs/features (" in text
+
+
+def test_where_features_cannot_be_kept_learning_goes_on(monkeypatch):
+    make_photos(count=20)
+    Path("file").touch()
+    for module in (ev, copies.ev):
+        monkeypatch.setattr(module, "FEATURE_CACHE", "file/features")
+    text = call(learn.main, "good")
+    assert "features are not kept for the next run" in text and "Threshold" in text
 
 
 # ---- judging ----
@@ -597,6 +631,34 @@ def test_a_kind_that_is_not_given_is_told_from_the_photo():
     assert "as nut 3" in text
 
 
+def test_models_that_set_photos_aside_tell_kinds_too():
+    make_set("bolt", "nut 3")
+    assert "rightly for 40 of 40" in call(learn.main, "set --model pca")
+    learned = ev.load_run("runs/set")[0]["photos"]
+    assert len(learned["looks"]) == len(learned["kinds"]) == 40
+    for kind in ("bolt", "nut 3"):
+        verdicts = Judge("runs/set")(sorted(Path(f"set/{kind}/test/good").iterdir()))
+        assert [verdict.kind for verdict in verdicts] == [kind] * 4
+
+
+def test_the_nearest_look_is_measured_by_how_far_photos_of_one_kind_differ():
+    torch.manual_seed(0)
+    learned, looks = torch.randn(20, 6), torch.randn(5, 6)
+    learned[:, 0], looks[:, 0] = 7.0, 7.0                   # the same in all
+    kinds = ["a"] * 5 + ["b"] * 15
+    learned[:5, 1] += 30                                    # kind a is known by this
+    variances = [learned[:5].var(0, correction=0), learned[5:].var(0, correction=0)]
+    width = (variances[0] / 4 + variances[1] * 3 / 4).sqrt()
+    width = width + 0.05 * width.mean() + 1e-6
+    for look, found in zip(looks, judge.nearest_look(looks, learned, kinds)):
+        distances = [float(((look - other) / width).norm()) for other in learned]
+        assert found == int(np.argmin(distances))
+    assert judge.nearest_look(learned, learned, kinds) == list(range(20))
+    others = judge.nearest_look(learned, learned, kinds, leave_out=True)
+    assert all(i != other for i, other in enumerate(others))
+    assert [kinds[i] for i in others] == kinds
+
+
 def test_the_peak_lies_at_what_made_a_photo_anomalous_not_where_parts_differ_anyhow():
     def photo(seed, defect):
         draw = np.random.default_rng(seed)
@@ -606,10 +668,10 @@ def test_the_peak_lies_at_what_made_a_photo_anomalous_not_where_parts_differ_any
         if defect:
             pixels[44:52, 44:52] += 120
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    for i in range(40):
+    for i in range(30):
         save(photo(i, False), f"good/{i}.png")
     for model in ("pca", "nearest"):
-        call(learn.main, f"good --out {model} --model {model} --image-size 96")
+        call(learn.main, f"good --out {model} --model {model} --image-size 96 --again")
         for verdict in Judge(model)([photo(500 + i, True) for i in range(4)]):
             assert verdict.anomalous
             assert abs(verdict.peak_x - 0.73) < 0.2 and abs(verdict.peak_y - 0.73) < 0.2
@@ -653,6 +715,23 @@ def test_a_run_that_cannot_be_written_is_judged_by_all_the_same(monkeypatch):
     call(judge.main, "runs/good good/000.png --threshold 1e9 --out elsewhere")
 
 
+def test_after_an_interruption_what_was_judged_is_in_the_table(monkeypatch):
+    make_photos()
+    call(learn.main, "good --model pca")
+    original, calls = Judge.judge, []
+
+    def stop_at_the_second_batch(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+    monkeypatch.setattr(Judge, "judge", stop_at_the_second_batch)
+    text = call(judge.main, "runs/good good", 130)
+    rows, folder = table_of(text)
+    assert len(rows) == 8 and "interrupted: 24 were to be judged" in text
+    assert (folder / "judged.html").read_text().count("<figure") == 8
+
+
 def test_a_run_may_be_copied_and_one_of_train_py_judges_images_too():
     make_photos()
     call(learn.main, "good --model pca")
@@ -667,13 +746,16 @@ def test_names_in_any_script_are_learned_judged_and_shown():
     for i, name in enumerate(("\u56fe\u50cf", "a\nb", "<b>&amp;", "\udcff")):
         for j in range(5):
             save(part(10 * i + j), f"\u56fe/{name}{j}.png")
-    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
-    for command in (["learn.py", "\u56fe", "--model", "pca"],
-                    ["judge.py", "runs/\u56fe", "\u56fe", "--all", "--threshold", "1e9"]):
-        done = subprocess.run([sys.executable, ROOT / "photos" / command[0], *command[1:]],
-                              env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    rows, folder = table_of(done.stdout.encode().decode("unicode_escape"))
+    for main, command in ((learn.main, "\u56fe --model pca"),
+                          (judge.main, "runs/\u56fe \u56fe --all --threshold 1e9")):
+        console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")     # it has no Chinese
+        with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
+            with pytest.raises(SystemExit) as stop:
+                main(shlex.split(command))
+        console.flush()
+        text = console.buffer.getvalue().decode("cp1252")
+        assert stop.value.code == 0, text
+    rows, folder = table_of(text.encode().decode("unicode_escape"))
     assert len(rows) == 20
     assert "&lt;b&gt;&amp;amp;0.png" in (folder / "judged.html").read_text(encoding="utf-8")
 
@@ -709,3 +791,45 @@ def test_the_page_shows_the_worst_first_and_its_filter_works_in_a_browser():
              f"file://{Path('page.html').resolve()}{name}"], capture_output=True, text=True).stdout
         figures = re.findall("<figure [^>]*>", dom)
         assert len(figures) == 6 and sum("hidden" not in figure for figure in figures) == shown
+
+
+# ---- README.md ----
+
+def python_blocks():
+    text = (ROOT / "photos/README.md").read_text(encoding="utf-8")
+    return re.findall("```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_examples_of_the_readme_run():
+    make_photos("my_images")
+    save(part(500, defect=True), "new_images/000.png")
+    call(learn.main, "my_images --model pca")
+    short, server = python_blocks()
+    assert len(short.splitlines()) <= 12 and len(server.splitlines()) < 30
+    output = said(exec, short, {})[1]
+    assert output.startswith("True") and "(64, 64)" in output
+
+    start = "HTTPServer((\"\", 8000), Inspector).serve_forever()\n"
+    assert server.endswith(start)
+    names = {}
+    exec(server.removesuffix(start), names)
+    service = names["HTTPServer"](("127.0.0.1", 0), names["Inspector"])
+    names["Inspector"].log_message = lambda *_: None
+    for body, status, words in ((Path("new_images/000.png").read_bytes(), 200, b"true"),
+                                (b"no photo", 400, b"cannot be read")):
+        threading.Thread(target=service.handle_request).start()
+        url = f"http://127.0.0.1:{service.server_port}"
+        try:
+            reply = urllib.request.urlopen(urllib.request.Request(url, body), timeout=20)
+        except urllib.error.HTTPError as error:
+            reply = error
+        assert reply.status == status and words in reply.read()
+    service.server_close()
+
+
+def test_each_command_of_the_readme_is_understood():
+    text = (ROOT / "photos/README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"python photos/(learn|judge)\.py ([^`#\n]*)", text)
+    assert len(lines) >= 4
+    for name, command in lines:
+        {"learn": learn, "judge": judge}[name].parser().parse_args(shlex.split(command))
