@@ -393,14 +393,15 @@ def cached_features(backbone, images, names, folder):
     """Features of images (N, C, H, W) uint8, not standardized: (N, C', g, g) float16.
 
     names: the category of each, for the lines that tell how far it has come. Each image
-    has a file in `folder`, named by a hash of the image and of the backbone. So features
-    are computed once, and only new images take time. Where a file cannot be written, a
-    line says so. folder=None keeps none.
+    has a file in `folder`, named by a hash of the image and of the backbone. So
+    features are computed once, and only new images take time. Where a file cannot be
+    written, a line says so. folder=None keeps none.
     """
     fingerprint = fingerprint_of(backbone)
     shape = len(backbone.mean), backbone.grid, backbone.grid
     features = torch.empty(len(images), *shape, dtype=torch.half)
-    paths, missing = {}, {}                                 # missing: {category: numbers}
+    paths = {}                                              # {number: its file}
+    missing = {}                                            # {category: numbers}
     for i, image in enumerate(images):
         # Read the features if they are on disk already.
         kept = None
