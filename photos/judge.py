@@ -236,8 +236,8 @@ def nearest_look(looks, learned, kinds, leave_out=False):
     """The number of the learned photo that looks most alike.
 
     looks: (B, D). learned: (N, D). kinds: N names. leave_out: the looks are those
-    learned, and none is compared with itself. Differences count by how far photos of one
-    kind differ. -> B numbers
+    learned, and none is compared with itself. Differences count by how far photos of
+    one kind differ. -> B numbers
     """
     within = torch.zeros(learned.shape[1])
     for kind in set(kinds):

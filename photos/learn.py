@@ -352,8 +352,8 @@ def about_unusual(state, kind):
     limit = state["calibration"]["thresholds"][kind]
     without = threshold_without(state, kind, unusual)
     fit, these = ("fits", "it") if len(unusual) == 1 else ("fit", "all of these")
-    return [f"  LOOK: {names} {fit} the other good photos badly (learned.html shows the "
-            "worst first). Where you see a defect, take the photo out: without "
+    return [f"  LOOK: {names} {fit} the other good photos badly (learned.html shows "
+            "the worst first). Where you see a defect, take the photo out: without "
             f"{these} the threshold would be about {without:.4g} instead of "
             f"{limit:.4g}."]
 
@@ -409,7 +409,7 @@ def compared(before, state):
     lines = [f"Photos since the last time: {', '.join(words)}."]
     for kind, limit in state["calibration"]["thresholds"].items():
         earlier_limit = before["calibration"]["thresholds"].get(kind)
-        if limit is not None and earlier_limit is not None:
+        if limit is not None and earlier_limit not in (None, limit):
             lines.append(f"The threshold of {printable(kind)} was {earlier_limit:.4g} "
                          f"and is {limit:.4g} now.")
     return lines

@@ -112,8 +112,8 @@ def write_page(path, title, facts, rows):
 <meta name="viewport" content="width=device-width">
 <style>{STYLE.replace("SCALE", scale_colors())}</style></head><body>
 <header><h1>{html.escape(title)}</h1>
-{text_of(facts)}<p>Heat map: as usual<span class="scale"></span>twice the threshold or more.
-Point at a photo to see it without its heat map.</p></header>
+{text_of(facts)}<p>Heat map: as usual<span class="scale"></span>twice the threshold
+or more. Point at a photo to see it without its heat map.</p></header>
 <nav>{"".join(links)}</nav>
 <main>
 {"".join(figures)}</main>

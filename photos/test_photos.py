@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, features
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,8 +35,9 @@ from photos.copies import moved
 from photos.images import read_folder, read_photo
 from photos.judge import Judge
 
-SMALL = dict(backbone="resnet18", backbone_weights="random", strides=(8, 16), grid_stride=8,
-             bank_images=10 ** 6, coreset=0.5, image_size=64)
+SMALL = dict(
+    backbone="resnet18", backbone_weights="random", strides=(8, 16), grid_stride=8,
+    bank_images=10 ** 6, coreset=0.5, image_size=64)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def said(work, *arguments, **options):
 
 
 def call(main, command, status=0):
-    """Run a command's main(argv) in this process, check its exit status -> what it printed."""
+    """Run a command's main(argv), check its exit status -> what it printed."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         with pytest.raises(SystemExit) as stop:
@@ -65,13 +67,18 @@ def call(main, command, status=0):
     return out.getvalue()
 
 
+def judged(command):
+    """What judge.py prints, whatever its exit status is."""
+    return said(judge.run_command, judge.parser().parse_args(shlex.split(command)))[1]
+
+
 def refused(words, work, *arguments, **options):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         work(*arguments, **options)
 
 
 def part(seed, defect=False, shape=(64, 64), color=70):
-    """A photo of a part: a red block above, with some noise; with a defect, a spot below."""
+    """A photo of a part: noise, and a red block above; with a defect, a spot below."""
     draw = np.random.default_rng(seed)
     pixels = draw.normal(90, 6, (shape[1], shape[0], 3))
     pixels[4:24, 8:52, 0] += color
@@ -91,7 +98,7 @@ def make_photos(folder="good", count=24, start=0, **how):
 
 
 def make_set(*kinds, root="set"):
-    """Kinds in MVTec AD's layout, with four good and four defective photos to test by."""
+    """Kinds in MVTec AD's layout, each with 4 good and 4 defective test photos."""
     for number, kind in enumerate(kinds):
         for place, first, count in (("train/good", 0, 20), ("test/good", 20, 4),
                                     ("test/hole", 24, 4)):
@@ -102,7 +109,8 @@ def make_set(*kinds, root="set"):
                 if "hole" in place:
                     mask = np.zeros((64, 64), np.uint8)
                     mask[40:48, 40:48] = 255
-                    save(Image.fromarray(mask), f"{root}/{kind}/ground_truth/hole/{i:03}_mask.png")
+                    masks = f"{root}/{kind}/ground_truth/hole"
+                    save(Image.fromarray(mask), f"{masks}/{i:03}_mask.png")
     return Path(root)
 
 
@@ -120,18 +128,22 @@ def test_every_kind_of_image_becomes_three_channels_of_eight_bits():
     image, ink, black = (Image.fromarray(x) for x in (gray, 255 - gray, 0 * gray))
     for name in ("L.png", "L.gif", "L.tif", "line\nbreak $x$.png", "\udcff.bmp"):
         image.save(name)
-    for top, kind in ((1, "float32"), (255, "int32"), (255, "float32"), (1023, "uint16"),
-                      (4095, "uint16"), (65535, "uint16")):         # 10, 12 bits in files of 16
+    for top, kind in ((1, "float32"), (255, "int32"), (255, "float32"),
+                      (1023, "uint16"),
+                      # 10, 12 bits in files of 16
+                      (4095, "uint16"), (65535, "uint16")):
         scaled = gray * (top / 255) if top == 1 else (gray * (top / 255)).round()
         Image.fromarray(scaled.astype(kind)).save(f"{top} {kind}.tif")
     image.convert("P").save("P.bmp")
     Image.merge("CMYK", [ink, ink, ink, black]).save("CMYK.tif")
-    Image.merge("RGBA", [black, black, black, ink]).save("RGBA.tiff")   # transparent is white
+    # transparent is white
+    Image.merge("RGBA", [black, black, black, ink]).save("RGBA.tiff")
     image.transpose(Image.Transpose.ROTATE_90).save("turned.tif", tiffinfo={0x0112: 6})
     expected = torch.tensor(gray).expand(3, -1, -1)
     for source in (*Path().iterdir(), image, gray, np.stack([gray] * 3, 2)):
         assert torch.equal(read_photo(source, 16).pixels, expected), source
-    assert read_photo("4095 uint16.tif", 16, 65535).pixels.max() == round(4095 / 65535 * 255)
+    by_another_scale = read_photo("4095 uint16.tif", 16, 65535).pixels
+    assert by_another_scale.max() == round(4095 / 65535 * 255)
 
 
 def test_photos_of_16_bits_share_one_scale_which_the_run_keeps_for_new_ones():
@@ -141,7 +153,7 @@ def test_photos_of_16_bits_share_one_scale_which_the_run_keeps_for_new_ones():
     call(learn.main, "good --model pca")
     assert ev.load_run("runs/good")[0]["config"]["white"] == 4095
     dim = Image.fromarray(np.asarray(part(0).convert("L")).astype(np.uint16))
-    assert Judge("runs/good").read(dim).pixels.max() < 20           # not brought to full scale
+    assert Judge("runs/good").read(dim).pixels.max() < 20  # not brought to full scale
     assert [images.find_white(x) for x in (0, 1.04, 255, 256, 65535)] == [
         None, 1.0, 255.0, 1023.0, 65535.0]
 
@@ -159,7 +171,8 @@ def test_transparent_parts_are_white_whatever_color_is_hidden_under_them():
 
 
 def test_what_cannot_be_read_is_refused_by_name(monkeypatch):
-    good, expected = Image.new("L", (8, 8), 9), {"no.png": "No such", "pages.tif": "2 pages"}
+    good = Image.new("L", (8, 8), 9)
+    expected = {"no.png": "No such", "pages.tif": "2 pages"}
     good.save("good.png")
     Path("cut.png").write_bytes(Path("good.png").read_bytes()[:45])
     good.save("pages.tif", save_all=True, append_images=[good])
@@ -171,18 +184,20 @@ def test_what_cannot_be_read_is_refused_by_name(monkeypatch):
     for name, words in (expected | {"cut.png": ""}).items():
         refused(f"{name} cannot be read.*{words}", read_photo, name, 8)
     refused("expected .height, width, 3. uint8", read_photo, np.zeros((8, 8, 3)), 8)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)              # twice as many are refused
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)  # twice as many are refused
     refused("good.png cannot be read.*decompression bomb", read_photo, "good.png", 8)
 
 
 def test_whatever_pillow_reads_is_found_in_a_folder():
-    kinds = {".jpe": "JPEG", ".pnm": "PPM", ".mpo": "MPO", ".jp2": "JPEG2000", ".webp": "WEBP",
+    kinds = {".jpe": "JPEG", ".pnm": "PPM", ".mpo": "MPO", ".jp2": "JPEG2000",
+             ".webp": "WEBP",
              ".PNG": "PNG"} | ({".avif": "AVIF"} if features.check("avif") else {})
     for i, (suffix, form) in enumerate(kinds.items()):
         save(part(i), f"good/{i}{suffix}", format=form)
     Path("good/notes.txt").touch()
     found, text = said(read_folder, "good", 16)
-    assert len(found.files) == len(kinds) and "1 file is no image, and is passed over" in text
+    assert len(found.files) == len(kinds)
+    assert "1 file is no image, and is passed over" in text
     assert ".heic" in images.SUFFIXES
 
 
@@ -213,33 +228,39 @@ def test_folders_keep_kinds_pair_masks_and_name_what_they_pass_over():
     part(99).save(bolt / "train/good/camera 2/000.png")
     found, text = said(read_folder, "set", 16)
     d = found.data
-    assert d.train.shape == (40, 3, 16, 16) and d.train_classes == ["bolt"] * 20 + ["nut 3"] * 20
-    assert d.labels.tolist() == ([0] * 4 + [1] * 4) * 2 and d.categories[7:9] == ["bolt", "nut 3"]
+    assert d.train.shape == (40, 3, 16, 16)
+    assert d.train_classes == ["bolt"] * 20 + ["nut 3"] * 20
+    assert d.labels.tolist() == ([0] * 4 + [1] * 4) * 2
+    assert d.categories[7:9] == ["bolt", "nut 3"]
     expected = torch.zeros(16, 16, 16, dtype=torch.bool)
     expected[[4, 5, 6, 12, 13, 14, 15], 10:12, 10:12] = True
     assert torch.equal(d.masks, expected)
-    for words in ("1 file is no image.*notes.txt", "1 image lies elsewhere.*camera 2/000.png",
-                  "1 defect has no mask.*hole/9.png", "1 mask matches no.*hole/003_mask.png"):
+    for words in ("1 file is no image.*notes.txt",
+                  "1 image lies elsewhere.*camera 2/000.png",
+                  "1 defect has no mask.*hole/9.png",
+                  "1 mask matches no.*hole/003_mask.png"):
         assert re.search(words, text), (words, text)
 
 
-def test_good_photos_are_found_under_their_other_names_and_what_is_ambiguous_is_refused():
+def test_good_photos_have_other_names_too_and_what_is_ambiguous_is_refused():
     root = make_set("bolt") / "bolt"
     for old, new in itertools.pairwise(("good", "Good", "OK", "normal")):
         for place in ("train", "test"):
             (root / place / old).rename(root / place / new)
         d = read_folder(root, 8).data
         assert d.labels.tolist() == [0] * 4 + [1] * 4 and len(d.train) == 20
-    d = read_folder(root / "train/normal", 8).data                  # photos alone: good ones
-    assert d.train_classes == ["normal"] * 20 and d.test.shape == (0, 3, 8, 8) and d.masks is None
+    d = read_folder(root / "train/normal", 8).data  # photos alone: good ones
+    assert d.train_classes == ["normal"] * 20
+    assert d.test.shape == (0, 3, 8, 8)
+    assert d.masks is None
     shutil.copytree(root / "train/normal", root / "train/good")
     refused("which holds the good ones", read_folder, "set", 8)
     Path("none/deep").mkdir(parents=True)
-    refused("no photos of good parts in none, expected(.*\n)*found there: deep", read_folder,
-            "none", 8)
+    refused("no photos of good parts in none, expected(.*\n)*found there: deep",
+            read_folder, "none", 8)
 
 
-def test_copies_unreadable_photos_and_photos_both_learned_and_tested_are_named_and_left_out():
+def test_what_cannot_serve_is_named_and_left_out():
     root = make_set("bolt") / "bolt"
     for i in range(4):
         (root / f"train/good/empty{i}.png").touch()
@@ -248,13 +269,14 @@ def test_copies_unreadable_photos_and_photos_both_learned_and_tested_are_named_a
     found, text = said(read_folder, "set", 64)
     assert len(found.data.train) == 20 and len(found.data.test) == 8
     assert len(found.unreadable) == 4 and "bolt/train/good/000.png" in found.files
-    for words in ("4 photos cannot be read.*empty0.png, .*empty3.png", "1 photo is an exact copy.*",
+    for words in ("4 photos cannot be read.*empty0.png, .*empty3.png",
+                  "1 photo is an exact copy.*",
                   "1 photo to test by is learned, too.*learned.png"):
         assert re.search(words, text), (words, text)
 
 
 def mask_of(masks, size=16):
-    """What `read_folder` makes of the masks {place: Pillow image} of the only test photo."""
+    """What `read_folder` makes of masks {place: image} of the only test photo."""
     shutil.rmtree("set", ignore_errors=True)
     save(Image.new("L", (32, 32), 9), "set/train/good/0.png")
     for place, image in {"test/hole/0.png": Image.new("L", (32, 32)), **masks}.items():
@@ -265,27 +287,30 @@ def mask_of(masks, size=16):
 
 def test_a_mask_marks_by_any_color_but_black_whatever_its_form_its_name_and_its_place():
     bar = np.zeros((32, 32), np.uint8)
-    bar[4:12, 8:20] = np.arange(1, 97).reshape(8, 12)               # many values, the lowest 1
+    bar[4:12, 8:20] = np.arange(1, 97).reshape(8, 12)  # many values, the lowest 1
     odd, even = (Image.fromarray(np.where(bar % 2 == k, bar, 0)) for k in (1, 0))
-    sharp, palette = (Image.fromarray((bar > 0) * np.uint8(value)) for value in (255, 1))
+    sharp, palette = (Image.fromarray((bar > 0) * np.uint8(v)) for v in (255, 1))
     palette.putpalette([0, 0, 0, 0, 0, 1])
     forms = [Image.fromarray(bar.astype(kind)) for kind in "?BHif"]
     forms += [palette, Image.merge("LA", [Image.new("L", (32, 32), 255), sharp])]
     found = [mask_of({"masks/hole/0.tif": form})[0] for form in forms]
-    found += [mask_of({place: sharp})[0] for place in (
-        "masks/hole/0.PNG", "GT/Hole/0/1.tif", "gt/hole/0.jpg", "mask/hole/0-label.png")]
-    found.append(mask_of({"gt/hole/0/a.png": odd, "gt/hole/0/b.png": even})[0])     # MVTec LOCO
+    places = ("masks/hole/0.PNG", "GT/Hole/0/1.tif", "gt/hole/0.jpg",
+              "mask/hole/0-label.png")
+    found += [mask_of({place: sharp})[0] for place in places]
+    # MVTec LOCO
+    found.append(mask_of({"gt/hole/0/a.png": odd, "gt/hole/0/b.png": even})[0])
     for number, mask in enumerate(found):
         assert torch.equal(mask, torch.tensor(bar[::2, ::2] > 0)), number
     mask, text = mask_of({"gt/hole/0.png": Image.new("L", (5, 7))})
-    assert not mask.any() and "0.png: the mask has 5 x 7 pixels, its photo 32 x 32" in text
+    assert not mask.any()
+    assert "0.png: the mask has 5 x 7 pixels, its photo 32 x 32" in text
 
 
-def test_a_mask_lies_where_its_turned_photo_shows_the_defect_and_a_thin_one_does_not_vanish():
+def test_a_mask_lies_on_its_turned_photo_and_a_thin_one_does_not_vanish():
     view, mask = np.full((64, 64, 3), 110, np.uint8), np.zeros((64, 64), np.uint8)
-    view[4:12, 30:60], mask[4:12, 30:60] = 255, 255                 # as a person sees it
+    view[4:12, 30:60], mask[4:12, 30:60] = 255, 255  # as a person sees it
     exif = Image.Exif()
-    exif[0x0112] = 6                                                # stored turned by 90 degrees
+    exif[0x0112] = 6  # stored turned by 90 degrees
     stored = Image.fromarray(view).transpose(Image.Transpose.ROTATE_90)
     save(part(0), "set/train/good/0.png")
     save(stored, "set/test/hole/p.jpg", exif=exif, quality=98)
@@ -305,8 +330,9 @@ def test_a_mask_lies_where_its_turned_photo_shows_the_defect_and_a_thin_one_does
 def test_near_copies_are_photos_far_closer_than_is_usual_and_exposure_does_not_matter():
     def shot(number, exposure=1.0):
         draw = np.random.default_rng(number)
-        pixels = np.repeat(np.repeat(draw.uniform(60, 180, (8, 8, 3)), 8, 0), 8, 1) * exposure
-        return torch.from_numpy(pixels + np.random.default_rng().normal(0, 1, (64, 64, 3)))
+        blocks = draw.uniform(60, 180, (8, 8, 3)) * exposure
+        noise = np.random.default_rng().normal(0, 1, (64, 64, 3))
+        return torch.from_numpy(blocks.repeat(8, 0).repeat(8, 1) + noise)
     several = torch.stack([shot(i) for i in range(12)]).permute(0, 3, 1, 2).byte()
     assert len(set(images.near_copies(several))) == 12
     bursts = torch.stack([shot(i // 4, 1 + i % 4 / 20) for i in range(12)])
@@ -318,7 +344,8 @@ def test_near_copies_are_photos_far_closer_than_is_usual_and_exposure_does_not_m
 def test_learning_says_that_photos_are_a_burst_or_have_several_shapes():
     for number in range(24):
         save(part(number // 8).point(lambda v: v + number % 8), f"burst/{number}.png")
-        save(part(number, shape=(96, 64) if number % 2 else (64, 96)), f"mixed/{number}.png")
+        shape = (96, 64) if number % 2 else (64, 96)
+        save(part(number, shape=shape), f"mixed/{number}.png")
     make_photos("plain")
     text = call(learn.main, "burst --model pca")
     assert "near-copies of others" in text and "about 3 different parts" in text
@@ -337,8 +364,7 @@ def test_judging_names_photos_of_another_shape_and_says_how_all_differ():
     words = "3 have another shape than those learned (64 x 96 pixels, learned 64 x 64)"
     assert words in call(judge.main, "runs/good new", 10)
     assert "as a whole the photos are darker" in call(judge.main, "runs/good dark", 10)
-    assert "as a whole" not in said(judge.run_command, judge.parser().parse_args(
-        ["runs/good", "same"]))[1]
+    assert "as a whole" not in judged("runs/good same")
 
 
 def test_a_measure_of_appearance_moves_with_what_it_is_named_for():
@@ -347,7 +373,7 @@ def test_a_measure_of_appearance_moves_with_what_it_is_named_for():
     usual = images.appearance(x)
     red = x.clone()
     red[:, 0] += 30
-    blurred = torch.nn.functional.avg_pool2d(x.float(), 5, 1, 2, count_include_pad=False)
+    blurred = F.avg_pool2d(x.float(), 5, 1, 2, count_include_pad=False)
     for other, words in ((x // 2, "darker"), (x + 40, "brighter"), (red, "redder"),
                          (blurred, "blurrier"), (x, None)):
         found = images.how_they_differ(images.appearance(other), usual)
@@ -369,7 +395,7 @@ def test_a_photo_among_the_good_ones_that_shows_a_defect_is_pointed_at():
     html = Path("runs/good/learned.html").read_text()
     assert html.index("<b>bad.png</b>") < html.index("<b>000.png</b>")
     state = ev.load_run("runs/good")[0]
-    scores = state["calibration"]["scores"]["good"].view(2, 25)     # photos, moved copies
+    scores = state["calibration"]["scores"]["good"].view(2, 25)  # photos, moved copies
     rest = np.delete(scores.numpy(), state["photos"]["files"].index("bad.png"), axis=1)
     assert f"{ev.threshold(rest.ravel()):.4g}" == found[1]
 
@@ -395,14 +421,15 @@ def test_turned_copies_are_learned_where_parts_lie_anyhow_alone():
     for turn in range(1, 8):
         expected = moved(plain.train[10:], degrees=45 * turn)
         assert torch.equal(turned[10 * (turn - 1):10 * turn], expected)
-    assert d.copy_of[~d.copy_in_bank].tolist() == list(range(20))       # moved: each once
+    assert d.copy_of[~d.copy_in_bank].tolist() == list(range(20))  # moved: each once
 
 
 def test_the_share_of_turned_is_counted_token_by_token(monkeypatch):
     torch.manual_seed(0)
     features = torch.randn(8 * 3, 5, 2, 2)                  # 8 positions of 3 photos
     monkeypatch.setattr(copies, "cached_features", lambda *_: features)
-    backbone = SimpleNamespace(fitted=True, mean=torch.zeros(1), standardize=torch.clone)
+    backbone = SimpleNamespace(
+        fitted=True, mean=torch.zeros(1), standardize=torch.clone)
     turned = 0
     for i in range(3):
         for token in features[i].flatten(1).T:
@@ -421,7 +448,7 @@ def test_a_step_is_stood_while_at_most_a_fifth_of_the_photos_exceed_the_threshol
     photos = torch.full((10, 3, 8, 8), 100, dtype=torch.uint8)
     photos[:2] = 130                                        # two are always above
 
-    def scores_of(images):                                  # by how much the light changed
+    def scores_of(images):  # by how much the light changed
         return (images.float().mean((1, 2, 3)) - 100).abs()
     stood = copies.stands(scores_of, 12, photos)
     assert stood["shift"] == 4 / 256 and stood["degrees"] == 4
@@ -436,10 +463,10 @@ def test_of_few_photos_it_is_said_what_their_threshold_can_promise(count):
     if count == 19:
         assert "About 5 % of new good parts will exceed it" in text
     else:
-        assert f"up to {100 / (count + 1):.2g} % of new good parts may exceed it" in text
+        share = f"{100 / (count + 1):.2g} %"
+        assert f"up to {share} of new good parts may exceed it" in text
         assert "at least 19 photos are needed" in text
-    assert f"by {count} good photos" in said(judge.run_command, judge.parser().parse_args(
-        ["runs/good", "good"]))[1]
+    assert f"by {count} good photos" in judged("runs/good good")
 
 
 def test_learning_again_takes_in_new_photos_and_says_what_has_changed():
@@ -457,7 +484,7 @@ def test_learning_again_takes_in_new_photos_and_says_what_has_changed():
     call(learn.main, "good --again")
 
 
-def test_a_run_is_replaced_when_the_new_one_is_complete_and_by_one_learning_only(monkeypatch):
+def test_a_run_is_replaced_by_a_complete_one_and_by_one_learning_only(monkeypatch):
     make_photos()
     call(learn.main, "good --model pca")
     before = Path("runs/good/model.pt").read_bytes()
@@ -467,19 +494,22 @@ def test_a_run_is_replaced_when_the_new_one_is_complete_and_by_one_learning_only
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(train, "run", run)
-        assert "nothing was replaced" in call(learn.main, "good --model pca --again", 130)
+        text = call(learn.main, "good --model pca --again", 130)
+        assert "nothing was replaced" in text
     assert Path("runs/good/model.pt").read_bytes() == before
-    assert sorted(os.listdir("runs/good")) == ["learned.html", "mine.txt", "model.pt", "run.json"]
+    assert sorted(os.listdir("runs/good")) == [
+        "learned.html", "mine.txt", "model.pt", "run.json"]
 
     original, others = train.run, []
 
     def run_with_another(config, **options):
-        if not others:                                      # another learning begins and ends first
+        if not others:  # another learning begins and ends first
             others.append(True)
             call(learn.main, "good --model pca --again")
         return original(config, **options)
     monkeypatch.setattr(train, "run", run_with_another)
-    assert "another learning has written" in call(learn.main, "good --model pca --again", 2)
+    text = call(learn.main, "good --model pca --again", 2)
+    assert "another learning has written" in text
     ev.load_run("runs/good")
     assert not list(Path("runs/good").glob(".learning*"))
 
@@ -487,12 +517,14 @@ def test_a_run_is_replaced_when_the_new_one_is_complete_and_by_one_learning_only
 def test_any_model_learns_photos_and_a_run_of_train_py_is_not_replaced():
     make_photos(count=30)
     small = {key: SMALL[key] for key in ("backbone", "backbone_weights", "image_size")}
-    for model, given in (("pca", {}), ("mlp", small | {"epochs": 2}), ("ae", {"epochs": 2})):
+    for model, given in (("pca", {}), ("ae", {"epochs": 2}),
+                         ("mlp", small | {"epochs": 2})):
         said(learn.learn, "good", f"runs/{model}", model=model, **given)
         verdict = Judge(f"runs/{model}")("good/000.png")
         assert verdict.threshold is not None and np.isfinite(verdict.score)
     call(train.main, "--model pca --out digits")
-    assert "holds a run of train.py" in call(learn.main, "good --model pca --out digits", 2)
+    text = call(learn.main, "good --model pca --out digits", 2)
+    assert "holds a run of train.py" in text
 
 
 def test_a_run_is_not_replaced_by_another_folder_of_the_same_name():
@@ -500,7 +532,8 @@ def test_a_run_is_not_replaced_by_another_folder_of_the_same_name():
     make_photos("b/good", start=100)
     call(learn.main, "a/good --model pca")
     before = Path("runs/good/model.pt").read_bytes()
-    assert "has learned other photos, of a/good" in call(learn.main, "b/good --model pca", 2)
+    text = call(learn.main, "b/good --model pca", 2)
+    assert "has learned other photos, of a/good" in text
     assert Path("runs/good/model.pt").read_bytes() == before
     call(learn.main, "b/good --model pca --again")
 
@@ -516,7 +549,7 @@ def test_features_are_computed_of_new_photos_alone(monkeypatch):
     monkeypatch.setattr(data, "compute_features", compute)
     make_photos(count=2, start=90)                          # last by their names
     text = call(learn.main, "good")
-    assert sum(computed) == 2 * 2                           # each, and one moved copy of it
+    assert sum(computed) == 2 * 2  # each, and one moved copy of it
     assert "Features of photos are kept in runs/features (" in text
 
 
@@ -544,29 +577,34 @@ def test_a_verdict_is_the_model_s_score_by_the_run_s_threshold_and_all_doors_agr
         pixels = read_photo("new.png", 64).pixels[None]
         errors = ev.error_maps(model, backbone(data.to_float(pixels)), lambda x: x)
         above = ev.standardize(errors, calibration.statistics["good"])
-        score = float(above.flatten().topk(max(1, round(0.025 * above[0].numel()))).values.mean())
-        verdicts = [ours("new.png"), ours(Path("new.png")), ours(image), ours(np.asarray(image)),
-                    ours([image, image])[1]]
+        count = max(1, round(0.025 * above[0].numel()))
+        score = float(above.flatten().topk(count).values.mean())
+        verdicts = [ours("new.png"), ours(Path("new.png")), ours(image),
+                    ours(np.asarray(image)), ours([image, image])[1]]
         for verdict in verdicts:
             assert verdict.score == pytest.approx(score, abs=1e-3)
-            assert verdict.threshold == calibration.thresholds["good"] and verdict.kind == "good"
+            assert verdict.threshold == calibration.thresholds["good"]
+            assert verdict.kind == "good"
             assert verdict.anomalous == (score > verdict.threshold) == defect
             whole = ev.heat_maps(above, 64)[0].numpy()
-            np.testing.assert_allclose(verdict.heat_map * verdict.threshold, whole, rtol=1e-3,
-                                       atol=1e-3)
+            np.testing.assert_allclose(verdict.heat_map * verdict.threshold, whole,
+                                       rtol=1e-3, atol=1e-3)
             row, column = np.unravel_index(whole.argmax(), whole.shape)
-            assert (verdict.peak_x, verdict.peak_y) == ((column + 0.5) / 64, (row + 0.5) / 64)
+            peak = (column + 0.5) / 64, (row + 0.5) / 64
+            assert (verdict.peak_x, verdict.peak_y) == peak
 
 
-def test_the_exit_status_is_0_normal_10_anomalous_2_without_a_verdict_and_never_that_of_a_crash():
+def test_the_exit_status_tells_verdicts_from_each_other_and_from_a_crash():
     make_photos()
     save(part(500, defect=True), "new/bad.png")
     Path("empty.png").touch()
     call(learn.main, "good --model pca --false-alarms .1")
     text = call(judge.main, "runs/good good/000.png good/001.png --threshold 1e9", 0)
     assert "2 photos: 0 anomalous, 2 normal" in text and "anomalous  " not in text
-    assert "anomalous  new/bad.png" in call(judge.main, "runs/good good/000.png new", 10)
-    text = call(judge.main, "runs/good new/bad.png empty.png good/000.png --threshold 1e9 --all", 2)
+    text = call(judge.main, "runs/good good/000.png new", 10)
+    assert "anomalous  new/bad.png" in text
+    files = "new/bad.png empty.png good/000.png"
+    text = call(judge.main, f"runs/good {files} --threshold 1e9 --all", 2)
     assert text.count("normal     ") == 2 and "empty.png cannot be read" in text
     assert "1 could not be read" in text
     rows = table_of(text)[0]
@@ -577,8 +615,9 @@ def test_the_exit_status_is_0_normal_10_anomalous_2_without_a_verdict_and_never_
     broken = Path("broken/torch/__init__.py")
     broken.parent.mkdir(parents=True)
     broken.write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
-    done = subprocess.run([sys.executable, ROOT / "photos/judge.py", "runs/good", "good"],
-                          env={**os.environ, "PYTHONPATH": "broken"}, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "photos/judge.py", "runs/good", "good"],
+        env={**os.environ, "PYTHONPATH": "broken"}, capture_output=True)
     assert done.returncode not in (judge.NORMAL, judge.ANOMALOUS, judge.NO_VERDICT)
 
 
@@ -586,13 +625,13 @@ def test_the_threshold_is_the_user_s_without_learning_again():
     make_photos(count=30)
     call(learn.main, "good")
     scores = ev.load_run("runs/good")[0]["calibration"]["scores"]["good"]
-    assert len(scores) == 2 * 30                            # each photo and its moved copy
+    assert len(scores) == 2 * 30  # each photo and its moved copy
     for fpr in (0.05, 0.2, 0.5):
         ours = Judge("runs/good", false_alarms=fpr)
         assert ours.thresholds["good"] == ev.threshold(scores, fpr)
         assert f"About {100 * fpr:.2g} % of new good parts" in ours.promise("good")
-    assert "too few to promise 1 %: up to 3.2 %" in Judge("runs/good", false_alarms=0.01).promise(
-        "good")
+    ours = Judge("runs/good", false_alarms=0.01)
+    assert "too few to promise 1 %: up to 3.2 %" in ours.promise("good")
     middle = float(scores.median())
     assert Judge("runs/good", threshold=middle).thresholds["good"] == middle
     text = call(judge.main, f"runs/good good/000.png --threshold {middle - 1e9}", 10)
@@ -605,14 +644,14 @@ def test_learning_prints_what_each_threshold_would_find_of_the_defects():
     text = call(learn.main, "set")
     state = ev.load_run("runs/set")[0]
     ours = Judge("runs/set")
-    good, bad = ([v.score for v in ours(sorted(Path(f"set/bolt/test/{kind}").iterdir()))]
-                 for kind in ("good", "hole"))
+    good = [v.score for v in ours(sorted(Path("set/bolt/test/good").iterdir()))]
+    bad = [v.score for v in ours(sorted(Path("set/bolt/test/hole").iterdir()))]
     for fpr in (0.2, 0.1, 0.05):
         limit = ev.threshold(state["calibration"]["scores"]["bolt"], fpr)
-        row = [f"{100 * fpr:.2g} %", f"{limit:.4g}", f"{sum(s > limit for s in good)} of 4",
-               f"{sum(s > limit for s in bad)} of 4"]
+        alarms, found = (sum(s > limit for s in scores) for scores in (good, bad))
+        row = [f"{100 * fpr:.2g} %", f"{limit:.4g}", f"{alarms} of 4", f"{found} of 4"]
         assert re.search(" +".join(map(re.escape, row)), text), (row, text)
-    assert not re.search(r"\n +1 %", text)                          # 20 photos cannot promise it
+    assert not re.search(r"\n +1 %", text)  # 20 photos cannot promise it
 
 
 def test_a_kind_that_is_not_given_is_told_from_the_photo():
@@ -624,7 +663,8 @@ def test_a_kind_that_is_not_given_is_told_from_the_photo():
         verdicts = ours(sorted(Path(f"set/{kind}/test/good").glob("*.png")))
         assert [v.kind for v in verdicts] == [kind] * 4
     image = "set/bolt/test/good/000.png"
-    assert ours(image, kind="nut 3").kind == Judge("runs/set", kind="nut 3")(image).kind == "nut 3"
+    assert ours(image, kind="nut 3").kind == "nut 3"
+    assert Judge("runs/set", kind="nut 3")(image).kind == "nut 3"
     assert "learned bolt, nut 3" in call(judge.main, f"runs/set {image} --kind nut", 2)
     status = 10 if ours(image, kind="nut 3").anomalous else 0
     text = call(judge.main, f"runs/set {image} --all --kind 'nut 3'", status)
@@ -663,7 +703,8 @@ def test_the_peak_lies_at_what_made_a_photo_anomalous_not_where_parts_differ_any
     def photo(seed, defect):
         draw = np.random.default_rng(seed)
         pixels = np.full((64, 64, 3), 90.0)
-        pixels[:24, :24] = draw.uniform(0, 255, (24, 24, 1))        # another number on each part
+        # another number on each part
+        pixels[:24, :24] = draw.uniform(0, 255, (24, 24, 1))
         pixels += draw.normal(0, 2, pixels.shape)
         if defect:
             pixels[44:52, 44:52] += 120
@@ -683,19 +724,18 @@ def test_a_call_leaves_a_folder_of_its_own_and_its_pictures_are_no_input():
     call(learn.main, "good --model pca --out new/run")
     for i in range(2):
         save(part(i), f"new/run/judged/mine{i}.png")
-    texts = [said(judge.run_command, judge.parser().parse_args(["new/run", "new"]))[1]
+    texts = [judged("new/run new")
              for _ in range(2)]
     folders = [table_of(text)[1] for text in texts]
     assert folders[0] != folders[1]
     for text, folder in zip(texts, folders):
         assert "5 photos: " in text and len(table_of(text)[0]) == 5
         assert len(list((folder / "pictures").iterdir())) == 10
-    assert "2 photos" in said(judge.run_command, judge.parser().parse_args(
-        ["new/run", "new/run/judged"]))[1]
+    assert "2 photos" in judged("new/run new/run/judged")
     assert sorted(path.name for path in Path("new/run/judged").glob("*.png")) == [
         "mine0.png", "mine1.png"]
     assert "and not empty" in call(judge.main, "new/run new --out new", 2)
-    said(judge.run_command, judge.parser().parse_args(["new/run", "new", "--out", "mine"]))
+    judged("new/run new --out mine")
     assert {"judged.csv", "judged.html", "pictures"} == {*os.listdir("mine")}
     assert "mine/judged.html" in Path("new/run/judged.html").read_text()
 
@@ -711,7 +751,8 @@ def test_a_run_that_cannot_be_written_is_judged_by_all_the_same(monkeypatch):
         return mkdir(path, *arguments, **options)
     monkeypatch.setattr(Path, "mkdir", refuse)
     text = call(judge.main, "runs/good good/000.png --threshold 1e9 --all")
-    assert "no table and no page are written" in text and "normal     good/000.png" in text
+    assert "no table and no page are written" in text
+    assert "normal     good/000.png" in text
     call(judge.main, "runs/good good/000.png --threshold 1e9 --out elsewhere")
 
 
@@ -736,7 +777,8 @@ def test_a_run_may_be_copied_and_one_of_train_py_judges_images_too():
     make_photos()
     call(learn.main, "good --model pca")
     shutil.copytree("runs/good", "elsewhere")
-    assert Judge("elsewhere")("good/000.png").score == Judge("runs/good")("good/000.png").score
+    scores = [Judge(run)("good/000.png").score for run in ("elsewhere", "runs/good")]
+    assert scores[0] == scores[1]
     call(train.main, "--model pca --out digits")
     verdict = Judge("digits")(np.zeros((8, 8), np.uint8))
     assert verdict.kind == "0" and verdict.heat_map.shape == (32, 32)
@@ -748,7 +790,7 @@ def test_names_in_any_script_are_learned_judged_and_shown():
             save(part(10 * i + j), f"\u56fe/{name}{j}.png")
     for main, command in ((learn.main, "\u56fe --model pca"),
                           (judge.main, "runs/\u56fe \u56fe --all --threshold 1e9")):
-        console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")     # it has no Chinese
+        console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # it has no Chinese
         with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
             with pytest.raises(SystemExit) as stop:
                 main(shlex.split(command))
@@ -757,12 +799,13 @@ def test_names_in_any_script_are_learned_judged_and_shown():
         assert stop.value.code == 0, text
     rows, folder = table_of(text.encode().decode("unicode_escape"))
     assert len(rows) == 20
-    assert "&lt;b&gt;&amp;amp;0.png" in (folder / "judged.html").read_text(encoding="utf-8")
+    html = (folder / "judged.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;&amp;amp;0.png" in html
 
 
 # ---- the page ----
 
-def test_a_heat_map_is_clear_where_it_is_low_and_shows_the_photo_still_where_it_is_high():
+def test_a_heat_map_is_clear_where_it_is_low_and_never_hides_the_photo():
     picture = Image.new("RGB", (40, 20), (10, 200, 30))
     same = np.asarray(page.lay_over(picture, np.zeros((8, 8))))
     assert (same == (10, 200, 30)).all()
@@ -770,27 +813,31 @@ def test_a_heat_map_is_clear_where_it_is_low_and_shows_the_photo_still_where_it_
     heat[:, 4:] = 5
     laid = np.asarray(page.lay_over(picture, heat))
     assert laid.shape == (20, 40, 3) and (laid[:, :10] == (10, 200, 30)).all()
-    brightest = 0.3 * np.array((10, 200, 30)) + 0.7 * 255 * np.array((0.988, 0.998, 0.645))
+    yellow = 255 * np.array((0.988, 0.998, 0.645))          # the end of "inferno"
+    brightest = 0.3 * np.array((10, 200, 30)) + 0.7 * yellow
     assert np.abs(laid[:, -5:] - brightest).max() < 2
 
 
 def test_the_page_shows_the_worst_first_and_its_filter_works_in_a_browser():
-    rows = [page.Row(f"{i}.png", "", "", i / 2, f"score {i}",
-                     ("anomalous",) if i > 2 else ("normal", "doubtful") if i == 2 else ("normal",))
+    tags = [("normal",), ("normal",), ("normal", "doubtful")] + [("anomalous",)] * 3
+    rows = [page.Row(f"{i}.png", "", "", i / 2, f"score {i}", tags[i])
             for i in range(6)]
     page.write_page("page.html", "six", ["a < b"], rows)
     text = Path("page.html").read_text()
     places = [text.index(f"<b>{i}.png") for i in range(6)]
     assert places == sorted(places, reverse=True) and "a &lt; b" in text
-    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+    browsers = map(shutil.which, ("chromium", "google-chrome", "chrome"))
+    browser = next(filter(None, browsers), None)
     if browser is None:
         pytest.skip("no browser is here to open the page with")
     for name, shown in (("", 6), ("#anomalous", 3), ("#doubtful", 1), ("#normal", 3)):
+        address = f"{Path('page.html').resolve().as_uri()}{name}"
         dom = subprocess.run(
             [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-             f"file://{Path('page.html').resolve()}{name}"], capture_output=True, text=True).stdout
+             address], capture_output=True, text=True).stdout
         figures = re.findall("<figure [^>]*>", dom)
-        assert len(figures) == 6 and sum("hidden" not in figure for figure in figures) == shown
+        assert len(figures) == 6
+        assert sum("hidden" not in figure for figure in figures) == shown
 
 
 # ---- README.md ----
@@ -820,7 +867,8 @@ def test_the_examples_of_the_readme_run():
         threading.Thread(target=service.handle_request).start()
         url = f"http://127.0.0.1:{service.server_port}"
         try:
-            reply = urllib.request.urlopen(urllib.request.Request(url, body), timeout=20)
+            request = urllib.request.Request(url, body)
+            reply = urllib.request.urlopen(request, timeout=20)
         except urllib.error.HTTPError as error:
             reply = error
         assert reply.status == status and words in reply.read()
