@@ -1381,7 +1381,7 @@ def with_copies(products, in_bank):
         copy_in_bank=torch.full((len(products.train),), in_bank))
 
 
-def test_nearest_tokens_bank_is_a_share_of_the_images_tokens_and_copies_compete_for_it():
+def test_the_bank_is_a_share_of_the_images_tokens_and_copies_compete_for_it():
     make_products("bolt")
     products = data.load("mvtec", "bolt", image_size=32)
     # Seven images are drawn, with grids of 2 x 2 tokens. The coreset is half of them.
@@ -1597,6 +1597,7 @@ def test_malformed_commands_end_with_status_2_and_never_a_traceback():
         words = []
         for part in (options, values, options, values):
             words.append(draw.choice(part))
+        # An even kernel is refused at last, so that nothing is trained.
         call(train.main, shlex.join(["--kernel-size", "2", *words]), 0, 2)
 
 
