@@ -46,6 +46,7 @@ class Data(NamedTuple):
     copies: torch.Tensor = None         # (K, C, H, W) uint8
     copy_of: torch.Tensor = None        # (K,), the number in `train` of each
     # (K,) bool: a memory bank holds it. The others only widen what counts as normal.
+    # None: a memory bank holds all of them.
     copy_in_bank: torch.Tensor = None
 
 
@@ -350,13 +351,16 @@ def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
         if not backbone.fitted:
             backbone.fit_statistics(normals[train])
 
+    in_bank = data.copy_in_bank
+    if copies is not None and in_bank is None:              # not said: all are
+        in_bank = torch.ones(len(copies), dtype=torch.bool)
     return Inputs(
         train=normals[train],
         train_categories=[data.train_categories[i] for i in train],
         calibration=normals[calibration],
         calibration_categories=[data.train_categories[i] for i in calibration],
         test=test, prepare=prepare, images=images, copies=copies, copy_of=data.copy_of,
-        copy_in_bank=data.copy_in_bank)
+        copy_in_bank=in_bank)
 
 
 def split(classes, seed, fpr=0.05):

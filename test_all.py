@@ -1258,6 +1258,7 @@ def test_resume_takes_all_options_from_the_run_and_refuses_others():
             ("--lamp", "--resume takes --lamp from the run: leave it out"),
             ("--seed 1", "--resume takes --seed from the run"),
             ("--out other", "--resume takes --out from the run"),
+            ("--overwrite", "give one of them"),
             ("--epochs 9", "the learning rate of this run was planned for 1 epochs")):
         assert words in call(train.main, f"--resume run {options}", 2)
     text = call(train.main, "--resume nowhere", 2)
@@ -1385,7 +1386,8 @@ def test_the_bank_is_a_share_of_the_images_tokens_and_copies_compete_for_it():
     make_products("bolt")
     products = data.load("mvtec", "bolt", image_size=32)
     # Seven images are drawn, with grids of 2 x 2 tokens. The coreset is half of them.
-    for given in (products, with_copies(products, in_bank=True),
+    not_said = with_copies(products, in_bank=True)._replace(copy_in_bank=None)
+    for given in (products, with_copies(products, in_bank=True), not_said,
                   with_copies(products, in_bank=False)):
         config = FEATURES | {"model": "nearest", "bank_images": 7, "coreset": 0.5}
         train.run(config, data=given)

@@ -860,9 +860,12 @@ def add_loss_and_training(p):
 def config_of(argv):
     """The command line -> (config, whether to resume). Raises ValueError."""
     given = vars(parser().parse_args(argv))
-    if out := given.pop("resume", None):
-        return resumed_config(out, given), True
     overwrite = given.pop("overwrite", False)
+    if out := given.pop("resume", None):
+        if overwrite:
+            raise ValueError("--resume goes on with a run, --overwrite replaces it: give "
+                             "one of them")
+        return resumed_config(out, given), True
     c = with_defaults(given)
     state = saved_run(c["out"])
     if state and not overwrite:
