@@ -140,6 +140,7 @@ def figure(row):
             address = html.escape(address)
             pictures += f'<img class="{kind}" src="{address}" loading="lazy" alt="">'
     folder, _, name = row.name.rpartition("/")
+    folder = html.escape(folder).replace("/", "/<wbr>")     # a long one breaks there
     return (f'<figure class="{" ".join(row.tags)}"><div class="both">{pictures}</div>'
             f"<figcaption><b>{html.escape(name)}</b>{html.escape(row.text)}"
-            f"<small>{html.escape(folder)}</small></figcaption></figure>\n")
+            f"<small>{folder}</small></figcaption></figure>\n")
