@@ -1,10 +1,11 @@
 """Copies: photos as another camera position, another light would have shown them.
 
-    moved     a little, at random: they widen what counts as normal at each place, and
-              the threshold with it, so that a camera that is bumped raises no alarm
+    moved     a little, at random: they widen what counts as normal at each place, so
+              that a camera that is bumped raises fewer alarms. They share in the
+              threshold, and can raise it or lower it
     turned    in eight positions, of kinds that lie anyhow: the memory holds them, too
 
-The limits and the rule were set on five products of MVTec AD, see results/README.md.
+The limits and the rule were set on five products of MVTec AD, test images included.
 """
 import math
 import random
