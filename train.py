@@ -863,8 +863,8 @@ def config_of(argv):
     overwrite = given.pop("overwrite", False)
     if out := given.pop("resume", None):
         if overwrite:
-            raise ValueError("--resume goes on with a run, --overwrite replaces it: give "
-                             "one of them")
+            raise ValueError("--resume goes on with a run, --overwrite replaces it: "
+                             "give one of them")
         return resumed_config(out, given), True
     c = with_defaults(given)
     state = saved_run(c["out"])

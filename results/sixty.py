@@ -2,8 +2,8 @@
 
     python results/sixty.py              # about a quarter of an hour of one core
 
-Of five products of MVTec AD sixty training images are drawn, three times. All test images
-are judged. Rows that are there already are not made again.
+Of five products of MVTec AD sixty training images are drawn, three times. All test
+images are judged. Rows that are there already are not made again.
 """
 import argparse
 import contextlib
@@ -71,7 +71,8 @@ def main(argv=None):
                 row = measure(product, draw, args.data_dir)
                 with path.open("a", newline="") as file:
                     csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
-                print(product, draw, f"image AUROC {row['image_auroc']:.3f}", flush=True)
+                auroc = f"image AUROC {row['image_auroc']:.3f}"
+                print(product, draw, auroc, flush=True)
     raise SystemExit(0)
 
 
