@@ -449,7 +449,8 @@ def build_model(c, shape, bank_tokens=0):
     if c["model"] == "cnn":
         return FeatureCNN(channels, c["width"], c["depth"])
     return UniAD(channels, side, c["width"], layers=c["depth"], query=c["query"],
-                 neighbors=c["neighbors"], jitter=c["jitter"], dropout=c["dropout"])
+                 neighbors=c["neighbors"], jitter=c["jitter"], dropout=c["dropout"],
+                 start=c["start"])
 
 
 def open_backbone(c, device="cpu", state=None):

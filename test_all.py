@@ -488,6 +488,46 @@ def test_jitter_has_the_standard_deviation_alpha_norm_over_channels():
     close(noise.std((0, 2)), 20 / 64 * f[0].norm(dim=1), 0.01)
 
 
+def test_a_two_step_start_looks_away_in_the_encoder_and_back_in_the_decoder():
+    grid, heads = 14, 8
+    model = UniAD(channels=12, grid=grid, dim=64, neighbors=7, start="two-step")
+    position = model.position()[None]                           # (1, N, D)
+
+    def target_of(attention, y, x):                             # of each head
+        q = attention.split_heads(attention.to_q(position))
+        k = attention.split_heads(attention.to_k(position))
+        scores = (q @ k.mT)[0, :, y * grid + x] + attention.mask[y * grid + x]
+        return [divmod(int(place), grid) for place in scores.argmax(-1)]
+
+    for layer in range(4):
+        # The nearest tokens that a mask of 7 x 7 leaves are 4 away, in 8 directions.
+        away = target_of(model.encoder[layer].attention, 7, 7)
+        assert sorted(away) == sorted(
+            (7 + 4 * dy, 7 + 4 * dx)
+            for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
+        # From each of these places, the same head of the decoder looks back at (7, 7).
+        for attention in (model.decoder[layer].memory_attention,
+                          model.decoder[layer].layer_attention):
+            back = [target_of(attention, *away[head])[head] for head in range(heads)]
+            assert back == [(7, 7)] * heads
+        assert torch.equal(model.encoder[layer].attention.to_v.weight, torch.eye(64))
+
+
+def test_a_two_step_start_lets_an_input_reach_its_output_around_the_mask():
+    reached = {}
+    for start in ("random", "two-step"):
+        torch.manual_seed(0)
+        model = UniAD(12, 14, dim=64, layers=1, neighbors=7, start=start).eval()
+        f = torch.randn(1, 12, 14, 14, requires_grad=True)
+        own, = torch.autograd.grad(model(f)[0, :, 7, 7].sum(), f)
+        influence = own.norm(dim=1)[0]                          # (14, 14)
+        reached[start] = float(influence[7, 7] / influence.mean())
+    # How much a token matters to its own reconstruction, against an average token.
+    assert reached["random"] < 1 and reached["two-step"] > 5
+    with pytest.raises(ValueError, match="multiple of 32"):
+        UniAD(12, 14, dim=48, start="two-step")
+
+
 def test_a_query_switch_learns_so_many_queries_and_noise_is_of_training_alone():
     f = torch.randn(2, 6, 4, 4)
     for query, learned in (("layerwise", 3), ("first", 1), ("none", 0)):

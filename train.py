@@ -454,14 +454,15 @@ BY_MUON = dict(
     batch_size=8,
     amp="auto")                         # bfloat16 where it is faster, see above
 OF_TRANSFORMER = dict(
-    steps=1000, depth=4, width=256, neighbors=0, jitter=0.0, dropout=0.0, query="first")
+    steps=1000, depth=4, width=256, neighbors=0, jitter=0.0, dropout=0.0, query="first",
+    start="random")
 
 DEFAULTS = {                            # a model has only the keys that mean something
     "ae": COMMON | PIXELS | TRAINED | BY_ADAM | dict(
         steps=1400, depth=4, width=16, latent=None, kernel_size=3, patches=1),
     "pca": COMMON | PIXELS | dict(components=8),
     "uniad": COMMON | FEATURES | TRAINED | BY_MUON | OF_TRANSFORMER | dict(
-        neighbors=7, jitter=5.0, query="layerwise"),
+        neighbors=7, jitter=5.0, query="layerwise", start="two-step"),
     "transformer": COMMON | FEATURES | TRAINED | BY_MUON | OF_TRANSFORMER,
     "cnn": COMMON | FEATURES | TRAINED | BY_MUON | dict(
         steps=1500, depth=6, width=128, lr=0.02),
@@ -496,6 +497,9 @@ def with_defaults(given):
         c |= {"normal": "all", "score": "standardized"}
         if not sees_features:
             c |= ON_PRODUCTS.get(model, {})
+    if given.get("neighbors") == 0 or given.get("query", "layerwise") != "layerwise":
+        if "start" in c:
+            c["start"] = "random"                           # there is no need for steps
     if model == "ae" and dataset == "digits":
         c["steps"] = 400                                    # they are small and few
     if c.get("optimizer") == "muon" and given.get("optimizer", "muon") != "muon":
@@ -838,6 +842,7 @@ def add_data_and_model(p):
     add("--neighbors", type=int, help="uniad: the side of its mask, 0 for none")
     add("--jitter", type=float, help="uniad: the scale of its feature jitter")
     add("--query", choices=("layerwise", "first", "none"), help="uniad: who learns one")
+    add("--start", choices=("random", "two-step"), help="uniad: its first weights")
 
 
 def add_loss_and_training(p):

@@ -369,11 +369,14 @@ class UniAD(nn.Module):
         first one ("first"), or no layer ("none"). The others take the output before
         them in its place. The paper's baseline Transformer has neighbors=0, jitter=0
         and query="first".
+    start: the weights that training begins with, "random" as the authors', or
+        "two-step", see `two_step_start`.
     Raises ValueError where the mask hides everything, see `neighbor_mask`.
     """
 
     def __init__(self, channels=272, grid=14, dim=256, heads=8, layers=4, hidden=1024,
-                 neighbors=7, jitter=20.0, dropout=0.1, query="layerwise"):
+                 neighbors=7, jitter=20.0, dropout=0.1, query="layerwise",
+                 start="random"):
         super().__init__()
         self.alpha = jitter
         tokens = grid * grid
@@ -396,6 +399,8 @@ class UniAD(nn.Module):
                 DecoderLayer(tokens, dim, heads, hidden, dropout, mask, learned))
         self.norm = nn.LayerNorm(dim)
         self.apply(initialize)
+        if start == "two-step":
+            two_step_start(self, step=neighbors // 2 + 1)
 
     def position(self):
         """The positions (N, D): half of D tells the column, the other half the row."""
@@ -471,6 +476,64 @@ def initialize(module):
         # is smaller for its shape (3 D, D) than for (D, D), by a factor of sqrt(2).
         for linear in (module.to_q, module.to_k, module.to_v):
             linear.weight.data.mul_(2 ** -0.5)
+
+
+# Where each of the eight heads looks, as (dy, dx).
+DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
+
+
+@torch.no_grad()
+def two_step_start(model, step, amplitude=3.0, highest=2.0):
+    """Give a UniAD first weights by which its input reaches its output.
+
+    The mask hides a token from its own place, so what is particular to an image must
+    take two steps: a token outside the window stores it, and the decoder fetches it
+    from there. With random weights attention is nearly uniform. The decoder then learns
+    the mean of all images first, and on some products nothing more.
+
+    So each head of the encoder looks `step` tokens away in a direction of its own, and
+    the same head of the decoder looks as far back. Each hands on its share of the
+    channels unchanged. All of this is learned on from here.
+
+    Rows and columns y become waves (cos(w y), sin(w y)), with D/4 frequencies w up to
+    `highest`. To move a wave by `step` is to rotate it by the angle w step. W_q does
+    this, so the attention score of two tokens is largest where their offset is `step`.
+    amplitude: that of the waves. Attention is sharp where it is large.
+    Raises ValueError for more than 8 heads, or a D that is no multiple of 4 heads.
+    """
+    grid, half = model.rows.shape                                   # half = D/2
+    heads = model.encoder[0].attention.heads
+    if heads > len(DIRECTIONS) or 2 * half % (4 * heads):
+        raise ValueError(f"a two-step start needs at most {len(DIRECTIONS)} heads, and "
+                         f"a width that is a multiple of {4 * heads}, got {2 * half}")
+    frequency = (torch.arange(half // 2) + 0.5) / (half // 2) * highest
+    angle = torch.arange(grid)[:, None] * frequency                 # (g, D/4)
+    waves = torch.stack([angle.cos(), angle.sin()], -1).flatten(1)  # (g, D/2)
+    model.rows.copy_(amplitude * waves)
+    model.columns.copy_(amplitude * waves)
+
+    # Each head compares every heads-th frequency, of columns and of rows.
+    identity = torch.eye(2 * half)
+    compared = torch.arange(2 * half).view(2, -1, heads, 2).movedim(2, 0).flatten(1)
+    for layers, sign in ((model.encoder, 1), (model.decoder, -1)):
+        w_q = []
+        for channels, (dy, dx) in zip(compared, DIRECTIONS):
+            move = torch.block_diag(rotation(sign * step * dx * frequency),
+                                    rotation(sign * step * dy * frequency))
+            w_q.append(move[channels])                              # (D/heads, D)
+        for attention in layers.modules():
+            if isinstance(attention, Attention):
+                attention.to_q.weight.copy_(torch.cat(w_q))
+                attention.to_k.weight.copy_(identity[compared.flatten()])
+                attention.to_v.weight.copy_(identity)
+                attention.out.weight.copy_(identity)
+
+
+def rotation(angles):
+    """The matrix that rotates pair i of 2 n values by angles[i]: (n,) -> (2 n, 2 n)."""
+    cos, sin = angles.cos(), angles.sin()
+    pairs = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
+    return torch.block_diag(*pairs)
 
 
 # Parts of the authors' key names, and what stands for them here.
