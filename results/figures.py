@@ -1,12 +1,14 @@
 """Figures: runs of train.py side by side.
 
+    python results/figures.py idea OUT.jpg              normals, anomalies, their errors
     python results/figures.py examples OUT.jpg RUN...   test images, as runs see them
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
     python results/figures.py copying OUT.png           does AUROC fall with copying?
 
 `examples` is the LAMP paper's Fig. 4: the same test images, as each run reconstructs
 them. `copying` draws AUROC over epochs and over training error, from table1.csv. Start
-it in the repository's folder, after the runs have been made (results/sweep.py).
+it in the repository's folder, after the runs have been made (results/sweep.py). `idea`
+makes its two runs itself.
 """
 import argparse
 import json
@@ -22,6 +24,63 @@ from pairs import mean_and_interval, read, sign_test, with_setting
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ("base_error", "image_auroc", "pixel_auroc")
+
+
+# The two autoencoders of the picture at the top of README.md.
+IDEA = {
+    "MNIST, trained on the digit 3": dict(
+        dataset="mnist", normal="3", latent=8, out="runs/idea-digits"),
+    "MVTec AD, trained on good bottles": dict(
+        dataset="mvtec", normal="bottle", image_size=128, latent=32, epochs=100,
+        out="runs/idea-bottles"),
+}
+
+
+def idea(out, runs, data_dir=None):
+    """The idea of both papers: an autoencoder reconstructs what it was trained on.
+
+    Test images, their reconstructions and errors, of digits above and of a product
+    below. They are not chosen: every n-th normal and every n-th anomaly is drawn.
+    """
+    sys.path.insert(0, str(ROOT))
+    import train                                    # here alone: it takes seconds
+    figure = Figure(figsize=(9, 7.6), layout="constrained")
+    blocks = figure.subfigures(2, 1)
+    for block, (title, config) in zip(blocks, IDEA.items()):
+        config = dict(config, data_dir=data_dir or "data", pictures=False)
+        if train.saved_run(config["out"]) is None:
+            train.run(config, report=False)
+        draw_idea(block, title, config["out"])
+    figure.supxlabel(f"python results/figures.py idea {out}", fontsize=7)
+    figure.savefig(out, dpi=100)
+
+
+def draw_idea(block, title, run, count=4):
+    """Draw `count` normals and anomalies of a run: input, reconstruction, error."""
+    import evaluate as ev
+    state, model = ev.load_run(run)
+    data, inputs, _ = ev.open_data(state["config"], state=state)
+    judged = ev.judge(model, state["config"], data, inputs)[1]
+    chosen = []
+    for label in (0, 1):
+        mine = np.flatnonzero(data.labels == label)
+        chosen += mine[::len(mine) // count][:count].tolist()
+    y = ev.to_float(data.test[chosen])
+    y_hat = ev.reconstruct(model, inputs, inputs.test[chosen])
+    auroc = ev.auroc(judged.scores, data.labels)
+    block.suptitle(f"{title}: image AUROC {auroc:.3f}", fontsize=10)
+    axes = block.subplots(3, 2 * count)
+    errors = judged.maps[chosen]
+    for column, (line, score) in enumerate(zip(axes.T, judged.scores[chosen])):
+        line[0].imshow(y[column].expand(3, -1, -1).movedim(0, -1))
+        line[1].imshow(y_hat[column].clamp(0, 1).expand(3, -1, -1).movedim(0, -1))
+        line[2].imshow(errors[column], cmap="inferno", vmin=0, vmax=judged.color_limit)
+        kind = "normal" if column < count else "anomalous"
+        line[0].set_title(f"{kind}\nscore {score:.3g}", fontsize=8)
+    for axis, name in zip(axes[:, 0], ("input", "reconstruction", "error")):
+        axis.set_ylabel(name, fontsize=8)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
 
 
 def examples(out, runs, data_dir):
@@ -151,7 +210,7 @@ def copying(out, runs, data_dir=None):
     figure.savefig(out, dpi=110)
 
 
-FIGURES = {"examples": examples, "curves": curves, "copying": copying}
+FIGURES = {"idea": idea, "examples": examples, "curves": curves, "copying": copying}
 
 
 def main(argv=None):
@@ -163,8 +222,9 @@ def main(argv=None):
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     add("--data-dir", help="where the data sets are (default: as in the run)")
     args = parser.parse_args(argv)
-    if bool(args.runs) == (args.figure == "copying"):
-        parser.error("name runs, but none for copying, which reads results/table1.csv")
+    if bool(args.runs) == (args.figure in ("idea", "copying")):
+        parser.error("name runs, but none for idea, which makes them, and for copying, "
+                     "which reads results/table1.csv")
     try:
         FIGURES[args.figure](args.out, args.runs, args.data_dir)
     except (ValueError, OSError) as error:
