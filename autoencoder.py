@@ -1,14 +1,14 @@
 """The convolutional autoencoder of the LAMP paper (Park et al. 2023, Sec. 3.1).
 
 It is trained on normal images only, so it should reconstruct nothing else well. There
-are no skip connections, because an anomaly could pass around the code through them.
+are no skip connections. Through them an anomaly could bypass the narrow code.
 
     encoder layer    convolution -> batch normalization -> leaky ReLU
     decoder layer    upsampling -> convolution -> batch normalization -> leaky ReLU
 
-The paper uses six layers on each side, and four for MNIST (`depth`). It also
-tunes a number of patches: the image is cut into n x n patches, each patch goes through
-the same network, and the results are put together again (`patches`).
+The paper uses six layers on each side, and four for MNIST (`depth`). It also tunes a
+number of patches. `patches` = n cuts the image into n x n patches. Each goes through
+the same network, and the results are put together again.
 
 The paper gives no numbers of filters, and it tunes the kernel size. What we chose:
   - kernels of 3 x 3, with a stride of 2 in the encoder;
@@ -21,7 +21,6 @@ The paper gives no numbers of filters, and it tunes the kernel size. What we cho
 network adds. Run this file to see the layers:  python autoencoder.py
 """
 import torch
-from sklearn import decomposition
 from torch import nn
 
 
@@ -37,17 +36,18 @@ def to_patches(y, n):
         raise ValueError(f"{n}x{n} patches do not divide an image of "
                          f"{height}x{width} pixels")
     y = y.reshape(batch, channels, n, height // n, n, width // n)
+    # (B, C, n, H/n, n, W/n): rows of patches, rows in a patch, and so for columns.
     y = y.permute(0, 2, 4, 1, 3, 5)                         # (B, n, n, C, H/n, W/n)
     return y.reshape(batch * n * n, channels, height // n, width // n)
 
 
 def from_patches(patches, n):
     """Put the images together again: (B n n, C, H/n, W/n) -> (B, C, H, W)."""
-    count, channels, height, width = patches.shape
+    count, channels, patch_height, patch_width = patches.shape
     batch = count // (n * n)
-    y = patches.reshape(batch, n, n, channels, height, width)
+    y = patches.reshape(batch, n, n, channels, patch_height, patch_width)
     y = y.permute(0, 3, 1, 4, 2, 5)                         # (B, C, n, H/n, n, W/n)
-    return y.reshape(batch, channels, n * height, n * width)
+    return y.reshape(batch, channels, n * patch_height, n * patch_width)
 
 
 # ---- the network ----
@@ -58,8 +58,8 @@ class ConvAutoencoder(nn.Module):
     channels: C of the images.
     depth: the number of layers on each side. Each halves or doubles height and width.
     width: the number of filters in the first layer.
-    latent: the channels of the code, (latent, H / 2^depth, W / 2^depth). None takes
-        what `width` and `depth` give. A smaller number lets less of the image through.
+    latent: the channels of the code, (latent, H / 2^depth, W / 2^depth). None means
+        width * min(2^(depth-1), 8). A smaller number lets less of the image through.
     kernel_size: odd, the same in all layers.
     patches: n, to reconstruct n x n patches separately.
     Raises ValueError for an even kernel size, and in `forward` where n 2^depth does not
@@ -70,7 +70,7 @@ class ConvAutoencoder(nn.Module):
                  patches=1):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError("kernel_size must be odd, so that its padding is even on "
+            raise ValueError("kernel_size must be odd, so that its padding is equal on "
                              f"both sides, got {kernel_size}")
         self.depth, self.patches = depth, patches
         padding = kernel_size // 2
@@ -95,7 +95,7 @@ class ConvAutoencoder(nn.Module):
             conv = nn.Conv2d(c_in, c_out, kernel_size, padding=padding)
             decoder += [nn.Upsample(scale_factor=2), conv]
             decoder += [nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
-        # The last layer gives the image itself, with values in (0, 1).
+        # The last layer ends in a sigmoid, without batch normalization and leaky ReLU.
         decoder = decoder[:-2] + [nn.Sigmoid()]
 
         self.encoder = nn.Sequential(*encoder)
@@ -121,8 +121,8 @@ class ConvAutoencoder(nn.Module):
 class PCA(nn.Module):
     """The linear autoencoder with the smallest squared error (scikit-learn's PCA).
 
-    The reconstruction is the mean of the normal images plus what the first principal
-    components explain of the difference to it. With 0 components it is the mean alone.
+    The reconstruction is the mean of the normal images, plus the projection of the
+    difference to it onto the first principal components. With 0 it is the mean alone.
     channels, size: C and the side H = W of the images or feature maps.
     components: how many principal components to use.
     forward: (B, C, H, W) -> (B, C, H, W), after `solve` has been called.
@@ -132,6 +132,7 @@ class PCA(nn.Module):
         super().__init__()
         values = channels * size * size
         mean, directions = torch.zeros(values), torch.zeros(components, values)
+        # As parameters they are found, moved and counted like those of other models.
         self.mean = nn.Parameter(mean, requires_grad=False)
         self.components = nn.Parameter(directions, requires_grad=False)
 
@@ -145,7 +146,9 @@ class PCA(nn.Module):
         if count > most:
             raise ValueError(f"{count} components of {len(y)} images with {values} "
                              f"values each: use at most {most}")
-        # With more images than values the covariance is the smaller matrix.
+        from sklearn import decomposition                   # for this baseline alone
+
+        # With more images than values, the covariance is smaller than all images.
         solver = "covariance_eigh" if len(y) > values else "full"
         y = y.flatten(1).double().cpu().numpy()             # (N, values)
         pca = decomposition.PCA(count, svd_solver=solver).fit(y)

@@ -32,28 +32,28 @@ from sklearn import datasets as sklearn_datasets
 class Data(NamedTuple):
     """A data set. Normal is 0 and anomalous is 1.
 
-    A category is what one threshold is for: a product, or all the normal classes of a
+    Each category has one threshold. It is a product, or all the normal classes of a
     labeled data set together.
     """
     train: torch.Tensor                 # (N, C, H, W) uint8, all normal
-    train_classes: list                 # N names, among which `split` is even
+    train_classes: list                 # N names; `split` takes a share of each
     train_categories: list              # N names
     test: torch.Tensor                  # (M, C, H, W) uint8
     labels: torch.Tensor                # (M,) int64
     categories: list                    # M names
     masks: torch.Tensor = None          # (M, H, W) bool, True where defective, or None
-    # Only photos/ makes copies: images of `train`, moved or turned.
+    # Only photos/ makes copies, for nearest tokens: images of `train`, moved or turned.
+    # Some are added to the bank of tokens, to find turned parts there. The others are
+    # only judged, so that small movements do not count as anomalous.
     copies: torch.Tensor = None         # (K, C, H, W) uint8
     copy_of: torch.Tensor = None        # (K,), the number in `train` of each
-    # (K,) bool: a memory bank holds it. The others only widen what counts as normal.
-    # None: a memory bank holds all of them.
-    copy_in_bank: torch.Tensor = None
+    copy_in_bank: torch.Tensor = None   # (K,) bool, or None: the bank takes all
 
 
 class Inputs(NamedTuple):
     """What a model is trained and judged on: images, or the features of images.
 
-    Images are uint8 and features float16. `prepare` makes of either what a model sees.
+    Images are uint8 and features float16. `prepare` turns them into what a model sees.
     """
     train: torch.Tensor
     train_categories: list
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
     calibration_categories: list
     test: torch.Tensor
     prepare: Callable
-    images: torch.Tensor = None         # of `train`, where that holds features
+    images: torch.Tensor = None         # of `train`, to draw, where that holds features
     copies: torch.Tensor = None         # as in Data
     copy_of: torch.Tensor = None
     copy_in_bank: torch.Tensor = None
@@ -77,16 +77,22 @@ def to_float(stored):
 def load(dataset, normal=None, data_dir="data", image_size=None, validate=False):
     """A data set by its name in DATASETS -> Data.
 
-    normal: "3", "0,1,2" or class names; for MVTec AD "bottle,grid" or "all".
+    normal: which classes are normal, "3", "0,1,2" or names. For MVTec AD: which
+        products to learn, "bottle,grid" or "all". None takes the first class, or all.
     image_size: the side in pixels. None keeps the images as they are, but MNIST's 28
         pixels are padded to 32. MVTec AD needs a size.
     validate: test on the last sixth of the training split, to choose settings without
         looking at the test images. The other five sixths are trained on.
-    Raises ValueError for a wrong `normal`, FileNotFoundError for missing files.
+    Raises ValueError for a wrong argument, FileNotFoundError for missing files.
     """
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}: use one of "
+                         f"{', '.join(DATASETS)}")
     if dataset == "mvtec":
         if validate:
             raise ValueError("mvtec has no anomalies in its training split to judge by")
+        if image_size is None:
+            raise ValueError("mvtec needs an image_size: its products have several")
         return load_mvtec(normal, Path(data_dir, "mvtec"), image_size)
     train, test, classes = DATASETS[dataset](Path(data_dir))
     if validate:
@@ -200,7 +206,8 @@ def load_torchvision(name, data_dir):
 
 def check_mnist_file(path):
     """Raise ValueError where a file's length is not what its own header says."""
-    # The header is a magic number and the shape, 4 bytes each. Then a byte a value.
+    # The header is a magic number and the shape, 4 bytes each. One byte for each value
+    # follows.
     count = 4 if "images" in path.name else 2
     header = np.fromfile(path, ">i4", count).astype(np.int64)
     expected = 4 * len(header) + header[1:].prod()
@@ -251,6 +258,7 @@ def load_mvtec(normal, root, size):
                 labels.append(int(kind != "good"))
                 test_names.append(name)
                 mask = root / name / "ground_truth" / kind / f"{path.stem}_mask.png"
+                # A defect without a mask does not count for the pixels' metrics.
                 masks.append(read_mask(mask, size) if mask.exists() else blank(size))
 
     return Data(
@@ -300,9 +308,9 @@ def read_mask(path, size):
 def shrink_mask(mask, size):
     """A mask (H, W) bool, of any size -> (size, size) bool.
 
-    A new pixel is partly covered by the defect. It is True where its share is at least
-    half the largest share among itself and its eight neighbors. So a defect that is
-    thinner than a pixel does not vanish.
+    The defect covers a share of each new pixel. A pixel is True where its share is at
+    least half of the largest one among itself and its eight neighbors. So a defect that
+    is thinner than a pixel does not vanish.
     """
     mask = Image.fromarray(mask.astype(np.float32))
     share = np.array(mask.resize((size, size), Image.Resampling.BOX))
@@ -366,16 +374,17 @@ def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
 def split(classes, seed, fpr=0.05):
     """Which of the normals to train on, and which to set aside for the threshold.
 
-    classes: N names -> two tensors of indices, sorted. Of each class a tenth is set
-    aside, or as many as `fpr` needs (19 for 0.05), but at most a third (of two
-    images, one). The seed draws them. fpr=None sets none aside.
+    classes: N names -> two tensors of indices, sorted. fpr: the share of false alarms
+    (the false positive rate) that the threshold shall allow. 0.05 needs 19 images. A
+    third of a class is set aside, or as many as `fpr` needs if these are fewer, but at
+    least a tenth. Of two images, one is. The seed draws them. None sets none aside.
     """
     if fpr is None:
         return torch.arange(len(classes)), torch.arange(0)
 
     # A new normal scores above all of k others with a probability of 1 / (k + 1). For a
     # threshold that only a share fpr of the normals exceeds, it takes k = 1 / fpr - 1.
-    # 1 / fpr is rounded first, since a float such as 0.05 is not exact.
+    # 1 / fpr is rounded first: 1 / (1/49), say, is 49.00000000000001.
     needed = math.ceil(round(1 / fpr, 9)) - 1
     generator = torch.Generator().manual_seed(seed)
     train, calibration = [], []
@@ -384,7 +393,7 @@ def split(classes, seed, fpr=0.05):
         members = torch.tensor([i for i, other in enumerate(classes) if other == name])
         members = members[torch.randperm(len(members), generator=generator)]
 
-        # At least one is set aside, but not the only one.
+        # Not the only image of a class.
         tenth, third = len(members) // 10, len(members) // 3
         at_least = min(1, len(members) - 1)
         count = max(tenth, min(needed, third), at_least)
@@ -396,10 +405,10 @@ def split(classes, seed, fpr=0.05):
 def cached_features(backbone, images, names, folder):
     """Features of images (N, C, H, W) uint8, not standardized: (N, C', g, g) float16.
 
-    names: the category of each, for the lines that tell how far it has come. Each image
-    has a file in `folder`, named by a hash of the image and of the backbone. So
-    features are computed once, and only new images take time. Where a file cannot be
-    written, a line says so. folder=None keeps none.
+    names: the category of each, to print how far it has come. Each image has a file in
+    `folder`, named by a hash of the image and of the backbone. So features are computed
+    once, and only new images take time. Where a file cannot be written, a line says so.
+    folder=None keeps none.
     """
     fingerprint = fingerprint_of(backbone)
     shape = len(backbone.mean), backbone.grid, backbone.grid
@@ -448,7 +457,7 @@ def compute_features(backbone, images, name):
 
 
 def fingerprint_of(backbone):
-    """A hash of all that features depend on besides the images, as bytes."""
+    """A hash of the backbone's settings and weights, as bytes."""
     settings = f"{backbone.name} {backbone.size} {backbone.grid}{backbone.strides}"
     digest = hashlib.sha256(settings.encode())
     for tensor in backbone.network.state_dict().values():

@@ -1,14 +1,18 @@
 """Evaluate: from the error of a reconstruction to AUROC, for every model here.
 
-    error = (x_hat - x)^2       of an image or features: large where it was not learned
-    score = the error's sum, mean or maximum; or "standardized", how far the error lies
+    error = (x_hat - x)^2       at each place of an image or of features, summed over
+                                channels: large where it was not learned
+    score = the error's sum, mean or "max"; or "standardized", how far the error lies
             above that of normal images at the same place
     image AUROC                 the chance that an anomaly's score exceeds a normal's
 
     python evaluate.py RUN...   the numbers and pictures of saved runs, made again
 
-The LAMP paper sums the squared error over an image (Sec. 3.1, "Evaluation metric").
-UniAD takes the largest value of the anomaly map. Three rules hold for every number:
+The LAMP paper scores an image by "L2 between y and y_hat" (Sec. 3.1), which we read as
+the sum over its pixels. UniAD takes the root of a token's error, scales the map up to
+the image, and scores by the largest mean of 16 x 16 pixels. The standardized score and
+the thresholds are ours. With one category, as in the LAMP paper, read past them.
+Three rules hold for every number:
   - AUROC below .5 stays below .5. (The authors' UniAD code reports .222 as .778.)
   - The last epoch counts, not the one that is best on the test images.
   - The threshold comes from normal images alone, see `threshold`.
@@ -34,7 +38,10 @@ from uniad import Backbone, FeatureCNN, FeatureMLP, NearestToken, UniAD
 
 VERSION = 5                             # of model.pt: raise it when its contents change
 SOLVED = ("pca", "nearest")             # models that are solved, not trained by a loss
-SCORES = ("sum", "mean", "max", "standardized")
+SCORES = ("sum", "mean", "max", "standardized")     # what a config's "score" may be
+# Errors of images are blurred by so many standard deviations to an image's side. The
+# score needs the place of a small defect. A picture is looked at, and may be smoother.
+SCORE_BLUR, PICTURE_BLUR = 64, 32
 METRICS = {"image_auroc": "image AUROC", "image_ap": "image AP",
            "pixel_auroc": "pixel AUROC", "pixel_aupro": "pixel AUPRO"}
 FEATURE_CACHE = "runs/features"
@@ -66,7 +73,8 @@ def aupro(maps, masks, limit=0.3):
     At each threshold, the overlap of the detected pixels with a defect is averaged over
     all defects, which are the 8-connected parts of the masks. It is integrated over the
     false positive rate of all defect-free pixels, up to `limit`, and divided by it.
-    Every value in the maps is a threshold, so the area is exact. None without defects.
+    Every value in the maps is a threshold, so the area is exact. None without defects,
+    or without defect-free pixels. It is in neither paper; MVTec AD's authors use it.
     """
     maps, masks = np.asarray(maps), np.asarray(masks, dtype=bool)
 
@@ -106,8 +114,13 @@ def threshold(scores, fpr=0.05):
     probability is 1/(n + 1).
     """
     ordered = np.sort(np.asarray(scores, dtype=float))
-    rank = math.ceil(round((len(ordered) + 1) * (1 - fpr), 9))
-    return float(ordered[min(rank, len(ordered)) - 1])
+    return float(ordered[threshold_rank(len(ordered), fpr) - 1])
+
+
+def threshold_rank(n, fpr):
+    """Which of n scores, counted from the smallest, is the threshold: from 1 to n."""
+    rank = math.ceil(round((n + 1) * (1 - fpr), 9))         # 1 - 0.05 is not exact
+    return min(rank, n)
 
 
 # ---- from a model to scores ----
@@ -116,10 +129,10 @@ def threshold(scores, fpr=0.05):
 def error_maps(model, stored, prepare=to_float, leave_out=None):
     """The L2 error at each place: stored inputs (N, C, H, W) -> (N, H, W), on the CPU.
 
-    prepare: makes of stored inputs what the model sees.
-    Of images (up to 3 channels) the error is (y_hat - y)^2, summed over the channels.
+    prepare: turns stored inputs into what the model sees.
+    Of images (up to 3 channels) the error is (x_hat - x)^2, summed over the channels.
     Of features it is the root of that, the distance of a token to its reconstruction.
-    leave_out: (N,), the number by which NearestToken leaves out an image's own tokens.
+    leave_out: (N,), the number of the image whose tokens NearestToken may not use.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -140,7 +153,7 @@ def error_maps(model, stored, prepare=to_float, leave_out=None):
 def heat_maps(errors, size):
     """Errors (N, h, w) -> maps of the image's size, (N, size, size).
 
-    Those of features are scaled up. Those of images have that size already.
+    Those of features are scaled up, as in UniAD. Those of images have that size.
     """
     if errors.shape[-1] == size:
         return errors
@@ -163,7 +176,7 @@ def gaussian_blur(maps, sigma):
 def place_statistics(errors):
     """What error is normal at each place: errors of normals (N, H, W) -> (2, H, W).
 
-    The first map is the mean, the second one the spread, see `spread`.
+    The first map is the mean, the second one the `spread`.
     """
     return torch.stack([errors.mean(0), spread(errors.std(0, correction=0))])
 
@@ -185,8 +198,9 @@ def standardize(errors, statistics):
 def image_scores(maps, how="sum"):
     """One score for each image: (N, H, W) -> (N,).
 
-    "sum" is the LAMP paper's score. "max" is UniAD's, the largest average over 16 x 16
-    pixels. "top" is the mean of the largest 2.5 % of the values.
+    how: "sum" is the LAMP paper's score. "mean" ranks images alike. "max" is UniAD's,
+    the largest average over 16 x 16 pixels, which it takes of maps of 224 pixels. "top"
+    is the mean of the largest 2.5 % of the values. Raises ValueError for another word.
     """
     values = maps.flatten(1)
     if how == "sum":
@@ -196,22 +210,26 @@ def image_scores(maps, how="sum"):
     if how == "max":
         side = min(16, maps.shape[-1])
         return F.avg_pool2d(maps[:, None], side, stride=1).flatten(1).amax(1)
+    if how != "top":
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {how!r}")
     count = max(1, round(0.025 * values.shape[1]))
     return values.topk(count).values.mean(1)
 
 
 def left_out_scores(errors, numbers=None):
-    """Standardized scores of normals (N, H, W), each by the statistics of the others.
+    """Standardized scores of normals, each by the statistics of the others.
 
-    numbers: (N,), by which image each error map was made. Maps of one number are left
-    out together. The statistics of the others follow from two sums over all maps. Of
-    fewer than three images they are those of all. -> (N,)
+    Only nearest tokens need it, since no image is set aside for them.
+    errors: (N, H, W). numbers: (N,), the image that each map was made from; its copies
+    have its number, and are left out with it. With fewer than three images none is left
+    out. -> (N,)
     """
     if numbers is None:
         numbers = torch.arange(len(errors))
     images = numbers.unique()
     if len(images) < 3:
         return image_scores(standardize(errors, place_statistics(errors)), "top")
+    # The others' mean and variance are those of all without the image's own part.
     errors = errors.double()
     total, squares = errors.sum(0), errors.square().sum(0)
     scores = torch.empty(len(errors))
@@ -228,14 +246,16 @@ def left_out_scores(errors, numbers=None):
 
 # ---- judging a test set ----
 
+# `calibrate` takes from normal images what `judge` needs to judge the test images.
+
 class Calibration(NamedTuple):
     """What judging takes from normal images. It is saved with a run."""
     size: int                           # the side of the images in pixels
     statistics: dict                    # category: (2, H, W), see `place_statistics`
     thresholds: dict                    # category: a number, or None without images
-    images: dict                        # category: how many of its own images set it
+    images: dict                        # category: how many of its own were scored
     color_limit: float                  # the upper end of the heat maps' color scale
-    scores: dict = None                 # category: the scores of those images, (n,)
+    scores: dict                        # category: the scores of those images, (n,)
 
 
 class Judged(NamedTuple):
@@ -257,10 +277,10 @@ def is_of(categories, name):
 
 
 def blurred(errors, c, size, divisor):
-    """Errors to standardize or to draw: those of images blurred by size/divisor pixels.
+    """Errors of images, blurred by size/divisor pixels where the score is standardized.
 
     The error of a single pixel is mostly noise. Features need no blur. Scores that are
-    not standardized are the papers' own, and stay as they are.
+    not standardized are the papers' own, so their errors stay as they are.
     """
     if sees_features(c) or c["score"] != "standardized":
         return errors
@@ -268,11 +288,14 @@ def blurred(errors, c, size, divisor):
 
 
 def category_scores(errors, names, c, calibration):
-    """Errors (N, H, W) -> the score of each image if it were of category k: (N, K)."""
+    """Errors (N, H, W) -> the score of each image if it were of category k: (N, K).
+
+    names: the K categories. There is more than one where a model learns many products.
+    """
     if c["score"] != "standardized":                        # one for all categories
         scores = image_scores(heat_maps(errors, calibration.size), c["score"])
         return scores[:, None].expand(-1, len(names))
-    errors = blurred(errors, c, calibration.size, 64)
+    errors = blurred(errors, c, calibration.size, SCORE_BLUR)
     columns = []
     for name in names:
         above = standardize(errors, calibration.statistics[name])
@@ -288,22 +311,15 @@ class NormalErrors(NamedTuple):
 
 
 def errors_of_normals(model, c, inputs):
-    """The errors of normals that the model has seen, and of some that it has not.
+    """Errors of normals that the model has seen, and of others -> two NormalErrors.
 
-    A model that was trained has not seen the images set aside. For nearest tokens none
-    are set aside: each image is compared with all the others, so its error counts as
-    both. So do those of its copies that are not in the bank.
+    The first ones make the statistics, the second ones the threshold. A model that is
+    trained has not seen the images set aside. For nearest tokens none are set aside:
+    each image is compared with all the others, so one set of errors serves as both.
     """
     if c["model"] == "nearest":
-        stored, numbers = inputs.train, torch.arange(len(inputs.train))
-        if inputs.copies is not None:
-            apart = ~inputs.copy_in_bank
-            stored = torch.cat([stored, inputs.copies[apart]])
-            numbers = torch.cat([numbers, inputs.copy_of[apart]])
-        maps = error_maps(model, stored, inputs.prepare, leave_out=numbers)
-        categories = [inputs.train_categories[number] for number in numbers]
-        both = NormalErrors(maps, categories, numbers)
-        return both, both
+        left_out = errors_of_left_out(model, inputs)
+        return left_out, left_out
     seen = None
     if c["score"] == "standardized":                        # else nobody asks for it
         maps = error_maps(model, inputs.train, inputs.prepare)
@@ -313,17 +329,36 @@ def errors_of_normals(model, c, inputs):
     return seen, new
 
 
+def errors_of_left_out(model, inputs):
+    """Errors of nearest tokens, with each image's own tokens left out of the bank.
+
+    Copies that photos/ has made, and that the bank does not hold, are judged, too.
+    """
+    stored, numbers = inputs.train, torch.arange(len(inputs.train))
+    if inputs.copies is not None:
+        apart = ~inputs.copy_in_bank
+        stored = torch.cat([stored, inputs.copies[apart]])
+        numbers = torch.cat([numbers, inputs.copy_of[apart]])
+    maps = error_maps(model, stored, inputs.prepare, leave_out=numbers)
+    categories = [inputs.train_categories[number] for number in numbers]
+    return NormalErrors(maps, categories, numbers)
+
+
 def calibrate(model, c, inputs, size):
     """Statistics, thresholds and the color scale, from normal images -> Calibration."""
     seen, new = errors_of_normals(model, c, inputs)
     standardized, nearest = c["score"] == "standardized", c["model"] == "nearest"
-    calibration = Calibration(size, {}, {}, {}, 1.0, {})
+    calibration = Calibration(size, {}, {}, {}, 1.0, {})    # its dicts are filled here
     maps = []
     for name in sorted(set(inputs.train_categories)):
+        # What error is normal at each place, from images that the model has seen.
         if standardized:
             errors = seen.maps[is_of(seen.categories, name)]
-            errors = blurred(errors, c, size, 64)
+            errors = blurred(errors, c, size, SCORE_BLUR)
             calibration.statistics[name] = place_statistics(errors)
+
+        # The scores of other images, which set the threshold. For nearest tokens they
+        # are the same ones, so each is left out of the statistics it is judged by.
         mine = is_of(new.categories, name)
         errors, numbers = new.maps[mine], new.numbers[mine]
         if standardized and nearest:
@@ -333,25 +368,38 @@ def calibrate(model, c, inputs, size):
         calibration.scores[name] = scores
         calibration.images[name] = len(numbers.unique())
         if len(errors):
-            maps.append(heat_maps(blurred(errors, c, size, 32), size))
+            maps.append(heat_maps(blurred(errors, c, size, PICTURE_BLUR), size))
 
     for name in calibration.scores:
         limit = threshold_of(name, calibration, c["score"], c["fpr"])
         calibration.thresholds[name] = limit
+    # Anomalies may have twice the largest error of normals before the colors end.
     highest = float(np.quantile(torch.cat(maps), 0.999)) if maps else 0.0
-    return calibration._replace(color_limit=2 * highest or 1.0)
+    return calibration._replace(color_limit=2 * highest if highest > 0 else 1.0)
 
 
-def threshold_of(name, calibration, how, fpr):
-    """The threshold of a category, or None without images.
+def set_by(name, calibration, how, fpr):
+    """Which categories' scores set the threshold of a category: a list of names.
 
     Standardized scores of all categories have one unit. So where a category has too few
     images of its own for `fpr`, those of all categories serve.
     """
-    scores = calibration.scores[name]
     if how == "standardized" and calibration.images[name] < 1 / fpr - 1:
-        scores = torch.cat(list(calibration.scores.values()))
+        return list(calibration.scores)
+    return [name]
+
+
+def threshold_of(name, calibration, how, fpr):
+    """The threshold of a category, or None without images."""
+    names = set_by(name, calibration, how, fpr)
+    scores = torch.cat([calibration.scores[other] for other in names])
     return threshold(scores, fpr) if len(scores) else None
+
+
+def threshold_images(name, calibration, how, fpr):
+    """How many images set the threshold of a category."""
+    names = set_by(name, calibration, how, fpr)
+    return sum(calibration.images[other] for other in names)
 
 
 def judge(model, c, data, inputs):
@@ -368,20 +416,19 @@ def judge(model, c, data, inputs):
     errors = error_maps(model, inputs.test, inputs.prepare)
     scores = category_scores(errors, names, c, calibration)                 # (M, K)
     given = [names.index(name) for name in data.categories]
+    smooth = blurred(errors, c, calibration.size, PICTURE_BLUR)
     judged = Judged(
-        maps=heat_maps(blurred(errors, c, calibration.size, 32), calibration.size),
+        maps=heat_maps(smooth, calibration.size),
         scores=scores[range(len(errors)), given],
         thresholds=[calibration.thresholds[name] for name in data.categories],
         color_limit=calibration.color_limit)
-    metrics = metrics_of(judged, data, calibration)
+    metrics = metrics_of(judged, data, calibration, c)
 
     # The same AUROC by two other scores.
     how = "max" if sees_features(c) else "sum"
     papers = image_scores(heat_maps(errors, calibration.size), how)
-    for key, other in (("auroc_not_given", scores.amin(1)), ("auroc_paper", papers)):
-        without_masks = data._replace(masks=None)
-        of_other = metrics_of(judged._replace(scores=other), without_masks, calibration)
-        metrics[key] = of_other["image_auroc"]
+    metrics["auroc_not_given"] = mean_auroc(scores.amin(1), data, names)
+    metrics["auroc_paper"] = mean_auroc(papers, data, names)
     sums = image_scores(errors, "sum")
     metrics["normal_error"] = mean_of(sums[data.labels == 0])
     metrics["anomaly_error"] = mean_of(sums[data.labels == 1])
@@ -390,7 +437,7 @@ def judge(model, c, data, inputs):
     return metrics, judged, calibration
 
 
-def metrics_of(judged, data, calibration):
+def metrics_of(judged, data, calibration, c):
     """Metrics of a test set: of each category, and their mean. None: does not apply.
 
     fpr and tpr are the shares of normals and of anomalies above the threshold. An
@@ -400,28 +447,38 @@ def metrics_of(judged, data, calibration):
     for name, limit in calibration.thresholds.items():
         mine = is_of(data.categories, name)
         scores, labels = judged.scores[mine], data.labels[mine]
+        images = threshold_images(name, calibration, c["score"], c["fpr"])
         m = {"image_auroc": auroc(scores, labels),
              "image_ap": average_precision(scores, labels),
              "pixel_auroc": None, "pixel_aupro": None,
-             "threshold": limit, "threshold_images": calibration.images[name]}
+             "threshold": limit, "threshold_images": images, "fpr": None, "tpr": None,
+             "normals": int((labels == 0).sum()), "anomalies": int((labels == 1).sum())}
         if data.masks is not None:
             usable = data.masks[mine].flatten(1).any(1) | (labels == 0)
             maps = judged.maps[mine][usable].numpy()
             masks = data.masks[mine][usable].numpy()
             m["pixel_auroc"] = auroc(maps.ravel(), masks.ravel())
             m["pixel_aupro"] = aupro(maps, masks)
-        for key, label in (("fpr", 0), ("tpr", 1)):
-            above = None if limit is None else scores[labels == label] > limit
-            m[key] = None if limit is None else mean_of(above)
-        m["normals"] = int((labels == 0).sum())
-        m["anomalies"] = int((labels == 1).sum())
+        if limit is not None:
+            m["fpr"] = mean_of(scores[labels == 0] > limit)
+            m["tpr"] = mean_of(scores[labels == 1] > limit)
         categories[name] = m
 
     mean = {}
     for key in (*METRICS, "fpr", "tpr"):
         mean[key] = mean_of([m[key] for m in categories.values() if m[key] is not None])
-    mean["threshold"] = m["threshold"] if len(categories) == 1 else None
+    alone = len(categories) == 1
+    mean["threshold"] = categories[name]["threshold"] if alone else None
     return {**mean, "categories": categories}
+
+
+def mean_auroc(scores, data, names):
+    """The mean over categories of image AUROC by other scores (M,), or None."""
+    aurocs = []
+    for name in names:
+        mine = is_of(data.categories, name)
+        aurocs.append(auroc(scores[mine], data.labels[mine]))
+    return mean_of([value for value in aurocs if value is not None])
 
 
 def mean_of(values):
@@ -448,6 +505,7 @@ def build_model(c, shape, bank_tokens=0):
         return FeatureMLP(channels, c["width"], c["depth"])
     if c["model"] == "cnn":
         return FeatureCNN(channels, c["width"], c["depth"])
+    # "uniad", or "transformer", which is UniAD without its three remedies.
     return UniAD(channels, side, c["width"], layers=c["depth"], query=c["query"],
                  neighbors=c["neighbors"], jitter=c["jitter"], dropout=c["dropout"],
                  start=c["start"])
@@ -475,7 +533,7 @@ def open_data(c, device="cpu", state=None, data=None):
         raise ValueError("this run learned photos: python photos/judge.py judges more "
                          "of them, python photos/learn.py learns them again")
     if data is None:
-        # The Backbone itself scales labeled images, which are small.
+        # MNIST and CIFAR-10 stay as small as they are. The Backbone enlarges them.
         scaled = c["dataset"] == "mvtec" or not sees_features(c)
         data = load(c["dataset"], c["normal"], c["data_dir"],
                     c["image_size"] if scaled else None, c["validate"])
@@ -492,6 +550,20 @@ def fingerprint_of(data):
     return hashlib.sha256(data.train.numpy().tobytes()).hexdigest()
 
 
+def pick_device(name):
+    """The device of a name: "auto" is the first of cuda, mps and cpu that is there.
+
+    Raises ValueError where there is no such device.
+    """
+    there = {"cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in there if there[device])
+    if not there.get(name):
+        raise ValueError(f"--device {name}: PyTorch finds none here. Leave it out")
+    return name
+
+
 def load_run(path, device="cpu", finished=True):
     """A run's folder -> state, the dict in its model.pt, and the model.
 
@@ -505,7 +577,7 @@ def load_run(path, device="cpu", finished=True):
                                 "train.py or photos/learn.py wrote")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                              # many kinds, all about it
+    except Exception as error:                  # torch raises many for a damaged file
         raise ValueError(f"{path} is damaged, or holds more than tensors and plain "
                          f"values. It was not loaded ({error!r:.80})") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
@@ -554,7 +626,7 @@ def about_threshold(name, row, fpr):
     found = round((row["tpr"] or 0) * anomalies)
     lines.append(f"  On the test images: {false_alarms} of {normals} normal ones and "
                  f"{found} of {anomalies} anomalous ones exceed it.")
-    if normals and stats.binomtest(false_alarms, normals, fpr, "greater").pvalue < 0.01:
+    if normals and more_than_promised(false_alarms, normals, row, fpr):
         lines.append("  WARNING: more normal test images exceed it than promised. They "
                      "differ from those trained on: add images like them to these.")
     if row["image_auroc"] is not None and row["image_auroc"] < 0.6:
@@ -562,6 +634,18 @@ def about_threshold(name, row, fpr):
                      "better than chance, or worse. Do not use these verdicts: try "
                      "another model.")
     return lines
+
+
+def more_than_promised(false_alarms, normals, row, fpr):
+    """Whether chance gives so many false alarms in less than one case of a hundred.
+
+    The threshold is the rank-th of n scores. If the test images are like those, how
+    many of them exceed it has a beta-binomial distribution.
+    """
+    n = row["threshold_images"]
+    rank = threshold_rank(n, fpr)
+    chance = stats.betabinom(normals, n + 1 - rank, rank).sf(false_alarms - 1)
+    return chance < 0.01
 
 
 def promise(images, fpr):
@@ -592,7 +676,7 @@ def draw_examples(path, runs, data, footer):
     runs: {name: (model, inputs, judged)}. The first one decides titles, color scale and
     the choice: from the smallest to the largest score, evenly.
     """
-    judged = next(iter(runs.values()))[2]
+    _, _, judged = next(iter(runs.values()))
     order = judged.scores.argsort()
     chosen = []
     for label in (0, 1):
@@ -622,7 +706,7 @@ def reconstruct(model, inputs, stored):
     x_hat = model.eval()(inputs.prepare(stored.to(device))).float()
     if inputs.images is None:
         return x_hat.cpu()
-    step = -(-len(inputs.train) // 400)                     # of up to 400 images
+    step = math.ceil(len(inputs.train) / 400)               # of up to 400 images
     features = []
     for some in inputs.train[::step].split(64):
         features.append(inputs.prepare(some.to(device)))
@@ -633,7 +717,8 @@ def reconstruct(model, inputs, stored):
 def draw_tokens(f_hat, bank, images):
     """Features as images to look at: (N, C', g, g) -> (N, C, 16 g, 16 g).
 
-    Each token becomes the image patch of its nearest token in a bank.
+    UniAD's authors train a decoder to draw them. Here each token becomes the image
+    patch of its nearest token in a bank.
     bank: (M, C', g, g), the features of `images`, (M, C, H, W).
     """
     grid = f_hat.shape[-1]
@@ -675,7 +760,10 @@ def draw_columns(path, rows, titles, color_limit, footer):
 # ---- the command ----
 
 def evaluate_run(run, data_dir=None, device="cpu"):
-    """Judge the test set of a saved run again: print its metrics, draw examples.png."""
+    """Judge the test set of a saved run again: print its metrics, draw examples.png.
+
+    The threshold is taken anew, too, from the same normal images.
+    """
     state, model = load_run(run, device)
     c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
     data, inputs, _ = open_data(c, device, state)
@@ -697,10 +785,10 @@ def main(argv=None):
         parser.error("new images are judged by: python photos/judge.py RUN "
                      "FILE-OR-FOLDER...")
     try:
+        device = pick_device(args.device)
         for run in args.runs:
-            evaluate_run(run, args.data_dir, args.device)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        # torch raises the last two where there is no such device.
+            evaluate_run(run, args.data_dir, device)
+    except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted\n")

@@ -7,18 +7,20 @@ with a steeper loss:
     Eq. 2    L'     = L / max(L) * (1 - eps)        scale the error into [0, 1 - eps]
     Eq. 1    LAMP   = sum of -log(1 - L')           amplify it, element by element
 
-The slope of -log(1 - L') in L' is 1 at L' = 0 and 1/eps at the largest, 1 - eps. So the
-worst pixels of an image dominate the training step. The paper argues that a steeper
-loss makes a sharper loss landscape, in which a network generalizes less (landscape.py).
+They are computed in this order. An element is one value (h, w, c) of an image. The
+slope of -log(1 - L') is 1 where L' = 0, and 1/eps where L' = 1 - eps, its largest
+value. So the worst elements of an image dominate the training step. The paper argues
+that a steeper loss makes a sharper loss landscape, in which a network generalizes less
+(landscape.py).
 
     criterion = ReconstructionLoss("l2", lamp=True)
     loss = criterion(y_hat, y)      # two tensors (B, C, H, W) with values in [0, 1]
 
 The paper leaves three choices open. They are arguments of `scale`: the value of eps,
 what the maximum is taken over, and whether the gradient flows through that maximum.
-The defaults were chosen on training images (results/README.md, "Which LAMP?").
-Eq. 1 writes the loss inside its sum without indices. We take it as the error of one
-element (h, w, c), as the authors' poster does, and average over a batch.
+The defaults were chosen on training images (results/mnist.md, "Which LAMP?").
+The L of Eq. 1 has no indices. We take it as the error of one element, as the authors'
+poster does, and average over a batch.
 
 Run this file to draw the paper's Fig. 2:  python lamp_loss.py
 """
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ---- base losses: an error for each pixel, not reduced ----
+# ---- base losses: an error for each element, not reduced ----
 
 def l1(y_hat, y):
     """The absolute error |y_hat - y|: (B, C, H, W) -> (B, C, H, W)."""
@@ -53,7 +55,7 @@ def local_mean(x, window):
     """The weighted mean around each pixel: (B, C, H, W) -> (B, C, H, W).
 
     Borders are reflected. A two-dimensional Gaussian is the product of two
-    one-dimensional ones, so columns are averaged first and rows after.
+    one-dimensional ones, so we average down first, and then across.
     """
     channels, radius = x.shape[1], len(window) // 2
     columns = window.view(1, 1, -1, 1).repeat(channels, 1, 1, 1)    # (C, 1, size, 1)
@@ -86,13 +88,13 @@ def ssim(y_hat, y, size=11, sigma=1.5, k1=0.01, k2=0.03):
         variance = local_mean(y * y, window) - mean * mean
         covariance = local_mean(y_hat * y, window) - mean_hat * mean
 
-    # SSIM compares the means, and then what is left without them. The constants, for
-    # images in [0, 1], keep both quotients finite.
+    # `luminance` compares the means, `structure` the deviations from them. The
+    # constants, for images in [0, 1], keep both quotients finite.
     c1, c2 = k1 ** 2, k2 ** 2
     luminance = (2 * mean_hat * mean + c1) / (mean_hat ** 2 + mean ** 2 + c1)
     structure = (2 * covariance + c2) / (variance_hat + variance + c2)
 
-    # Rounding can push 1 - SSIM slightly below 0, where Eq. 2 is not defined.
+    # Rounding can push 1 - SSIM slightly below 0, but Eq. 2 expects errors >= 0.
     return (1 - luminance * structure).clamp(min=0)
 
 
@@ -107,17 +109,17 @@ BASE_LOSSES = {"l1": l1, "l2": l2, "ssim": ssim}
 # ---- LAMP ----
 
 def largest(error, over):
-    """The maximum of Eq. 2.
+    """The maximum of Eq. 2, of an error (B, ...) with two or more dimensions.
 
     over: "image" gives one for each image, (B, 1, ..., 1). "batch" gives one for all, a
-    scalar.
+    scalar. Raises ValueError for another word.
     """
+    if over not in ("image", "batch"):
+        raise ValueError(f'over must be "image" or "batch", got {over!r}')
     if over == "batch":
         return error.max()
-    maximum = error.flatten(1).amax(dim=1)                          # (B,)
-    # As many dimensions as the error has, so that one can be divided by the other.
-    ones = [1] * (error.dim() - 1)
-    return maximum.view(-1, *ones)                                  # (B, 1, ..., 1)
+    all_but_the_batch = tuple(range(1, error.dim()))
+    return error.amax(dim=all_but_the_batch, keepdim=True)          # (B, 1, ..., 1)
 
 
 def scale(error, eps=0.03, over="image", detach=True):
@@ -130,13 +132,10 @@ def scale(error, eps=0.03, over="image", detach=True):
         counts equally. "batch" divides all of them by the largest error of the batch,
         so that badly reconstructed images count more.
     detach: if True, no gradient flows through the maximum. If False, one does, and a
-        step also makes the largest error larger. Weighted by the errors, the slopes
-        then sum to 0.
+        step also makes the largest error larger.
     Raises ValueError for another `over`, and for an eps that is not below 1, or so
     small that the dtype rounds 1 - eps to 1. The logarithm would be infinite there.
     """
-    if over not in ("image", "batch"):
-        raise ValueError(f'over must be "image" or "batch", got {over!r}')
     precision = torch.finfo(error.dtype)
     if not precision.eps <= eps < 1:
         raise ValueError(f"eps must be below 1 and, in {error.dtype}, at least "
@@ -144,7 +143,8 @@ def scale(error, eps=0.03, over="image", detach=True):
     maximum = largest(error, over)
     if detach:
         maximum = maximum.detach()
-    # An image without any error would give 0/0. With this bound it gives 0.
+    # An image without any error would give 0/0. With this bound it gives 0. A smaller
+    # bound would let the gradient, which divides by it, overflow.
     maximum = maximum.clamp(min=max(precision.tiny, 1e-30))
     return error / maximum * (1 - eps)
 
@@ -197,9 +197,11 @@ class ReconstructionLoss(nn.Module):
 def figure_2(path, eps=0.1):
     """The paper's Fig. 2: L1, L2, their LAMP and the gradients of all four.
 
-    They are printed as a table and drawn as a picture. The error y_hat - y of one pixel
-    runs from -1 to 1. The maximum in Eq. 2 is that of this range, 1.
+    They are printed as a table and drawn as a picture. The error y_hat - y of one
+    element runs from -1 to 1. The maximum in Eq. 2 is that of this range, 1.
     path: where the picture goes.
+    eps: larger than in training, so that the steep ends stay in the picture. The paper
+        does not say which one it drew.
     """
     from matplotlib.figure import Figure                # only needed for this picture
 
@@ -209,7 +211,8 @@ def figure_2(path, eps=0.1):
     rows = figure.subplots(2, 2)
     for base_loss, name, (left, right) in zip((l1, l2), ("L_1", "L_2"), rows):
         plain = base_loss(error, torch.zeros_like(error))
-        amplified = lamp(plain[None], eps)[0]                       # a batch of one
+        # As the elements of one image, so that they share one maximum.
+        amplified = lamp(plain[None], eps)[0]
         curves = {f"${name}$": plain, f"${name}^{{LAMP}}$": amplified}
         for label, loss in curves.items():
             # The gradient is PyTorch's, as in training.

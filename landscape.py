@@ -13,16 +13,23 @@ is steeper with LAMP. Each filter of a direction gets the norm that this filter 
     python landscape.py --figure 1    the paper's Fig. 1: autoencoders, L2 and L2-LAMP
     python landscape.py --figure 3    the paper's Fig. 3: encoders that predict digits
 
-On your own model, whatever it is and however its loss is computed:
+On your own model, in evaluation mode, however its loss is computed:
 
+    model.eval()                                # else batch norm's statistics move
     d, e = (random_direction(model.parameters(), seed) for seed in (0, 1))
     loss_at = loss_at_weights(model, lambda: float(my_loss(model(x), y)), d, e)
     z = surface(loss_at, xs, ys, "my.npz")      # after Ctrl-C, the same line goes on
 
 Which surface is LAMP's? Eq. 2 divides by the largest error, which changes from point to
-point. A training step treats it as a constant (`detach`), and so does the picture: at
-all points it divides by the largest error that occurs at any of them (`HeldLamp`). With
---maximum moving, it divides by the largest error of each point.
+point. A training step treats it as a constant (`detach`). The picture, too, needs one
+constant for all its points, so it divides by the largest error that occurs at any of
+them (`HeldLamp`). That is the error of a corner, far above the error that training
+divided by. Near the trained weights, the loss that is drawn is therefore amplified less
+than the loss that was trained. With --maximum moving, each point is divided by its own
+largest error.
+
+L2 and LAMP are different functions, so their own surfaces compare scales as well as
+shapes. With --under l2 the surfaces of all runs are drawn under one loss.
 """
 import argparse
 import itertools
@@ -61,6 +68,7 @@ def filter_normalize(d, w):
         return torch.zeros_like(w)
     norm_of_d = d.flatten(1).norm(dim=1)                            # (filters,)
     norm_of_w = w.flatten(1).norm(dim=1)                            # (filters,)
+    # Li et al., Sec. 4: d <- d / |d| * |w|, filter by filter.
     ratio = norm_of_w / (norm_of_d + 1e-10)
     ones = [1] * (w.dim() - 1)
     return d * ratio.view(-1, *ones)
@@ -80,6 +88,7 @@ def loss_at_weights(model, loss, d, e):
     """The function (a, b) -> loss() with the model's weights at w + a d + b e.
 
     d, e: a tensor for each parameter. Calling it with (0, 0) restores the weights w.
+    All else stays as it was trained, as the mean and variance of batch normalization.
     """
     weights = [w.detach().clone() for w in model.parameters()]
 
@@ -95,8 +104,8 @@ def surface(loss_at, xs, ys, path=None):
     """z[i, j] = loss_at(xs[i], ys[j]), an array (len(xs), len(ys)).
 
     Each point is computed once. path: a .npz file, which is written as the surface
-    grows. If it is there already, only its missing points (NaN) are computed. Raises
-    ValueError where it holds another grid.
+    grows. If it is there already, only its missing points (NaN) are computed, so delete
+    it when the weights have changed. Raises ValueError where it holds another grid.
     """
     z = np.full((len(xs), len(ys)), np.nan)
     if path and Path(path).exists():
@@ -116,7 +125,8 @@ def surface(loss_at, xs, ys, path=None):
                 if path:
                     write_surface(path, z, xs, ys)
     finally:
-        # After an interruption, too: put the weights back, and keep the points.
+        # After an interruption, too: put the weights back (the loss there is not needed
+        # again), and keep the points.
         if len(todo):
             loss_at(0.0, 0.0)
         if path:
@@ -148,9 +158,10 @@ class HeldLamp(nn.Module):
 
     The maximum is the largest error of all points drawn, of each image (over="image")
     or of all images together (over="batch"). Call `observe` at every point before the
-    first `forward`. The maximum at the trained weights would not do, since 1 - L' would
-    be negative at points with a larger error. So the loss is amplified less at the
-    trained weights, where errors are small, than it was in training.
+    first `forward`.
+
+    The maximum at the trained weights would not do. At points with a larger error,
+    1 - L' would be negative, and its logarithm is not defined.
     """
 
     def __init__(self, loss="l2", eps=0.03, over="image"):
@@ -161,7 +172,7 @@ class HeldLamp(nn.Module):
     def observe(self, y_hat, y):
         """Raise the maximum to these errors, for the same images at each point.
 
-        Returns the maximum of these errors alone, averaged over the images.
+        -> the maximum of these errors alone, averaged over the images, to be printed.
         """
         here = largest(self.base_loss(y_hat, y), self.over)
         self.maximum = torch.maximum(here, self.maximum)
@@ -181,6 +192,7 @@ def model_surface(model, criterion, x, y, xs, seed=0, path=None):
         return float(criterion.observe(model(x), y))
 
     model.eval()
+    # Two directions for each seed, none of them for two seeds.
     d = random_direction(model.parameters(), 2 * seed)
     e = random_direction(model.parameters(), 2 * seed + 1)
 
@@ -279,18 +291,28 @@ READINGS = {                            # of Eq. 2, see lamp_loss.scale
 
 
 def criterion_of(loss, lamp, eps, over, detach, maximum):
-    """The loss that is drawn. maximum: "held" or "moving", see `Settings`."""
+    """The loss that is drawn. maximum: "held" or "moving", see `Settings`.
+
+    A run with detach=False was trained through the maximum, so for it the maximum moves
+    in the picture, too.
+    """
     if lamp and detach and maximum == "held":
         return HeldLamp(loss, eps, over)
     return ReconstructionLoss(loss, lamp, eps, over)
 
 
 def open_run(run, settings):
-    """A run -> its config, its model, and training images as the model sees them."""
+    """A run -> its config, its model, and training images as the model sees them.
+
+    Raises ValueError where the model was solved, not trained by a loss.
+    """
     state, model = ev.load_run(run)
     c = dict(state["config"])
+    if c["model"] in ev.SOLVED:
+        raise ValueError(f"{run}: {c['model']} was not trained by a loss, so there is "
+                         "no surface to draw")
     c["data_dir"] = settings.data_dir or c["data_dir"]
-    data, inputs, backbone = ev.open_data(c, "cpu", state)
+    inputs = ev.open_data(c, "cpu", state)[1]
     return c, model, inputs.prepare(inputs.train[:settings.images])
 
 
@@ -325,7 +347,7 @@ def train_classifier(lamp, batch_size, seed, settings):
     criterion = ReconstructionLoss("l2", lamp, **READINGS["classifier"])
     train.fit(model, x, criterion, y, epochs=settings.epochs, batch_size=batch_size,
               seed=seed)
-    # The means and variances that batch normalization uses from here on.
+    # Batch normalization uses these means and variances from here on.
     train.reestimate_batch_norm(model, to_float(x).split(250))
     return model, to_float(x[:settings.images]), y[:settings.images]
 
@@ -333,7 +355,10 @@ def train_classifier(lamp, batch_size, seed, settings):
 # ---- the paper's figures ----
 
 def figure_1(settings, out):
-    """The paper's Fig. 1: autoencoders trained with L2 and L2-LAMP, batch size 32."""
+    """The paper's Fig. 1: autoencoders trained with L2 and L2-LAMP.
+
+    The digit 3 and batch size 32 are our choice. The paper does not name its own.
+    """
     runs = []
     for lamp in (False, True):
         runs.append(train_autoencoder(lamp, 32, settings.seed, settings))
@@ -362,8 +387,9 @@ def compare_runs(runs, settings, out, under="own"):
                                  settings.maximum)
         any_held = any_held or isinstance(criterion, HeldLamp)
 
-        # Its surface, which is read instead where the file is there already.
-        path = surface_file(model, x, under, settings, out)
+        # Its surface. Points that are in its file already are not computed again.
+        drawn = loss, lamp, c["eps"], c["over"], c["detach"], settings.maximum
+        path = surface_file(model, x, drawn, settings, out)
         z = model_surface(model, criterion, x, x, settings.xs, settings.seed, path)
         name = c["loss"].upper() + ("-LAMP" if c["lamp"] else "")
         panels.append((f"{name}, batch size {c['batch_size']}, under {under} loss", z))
@@ -371,16 +397,20 @@ def compare_runs(runs, settings, out, under="own"):
     draw(out, panels, settings, f"{', '.join(runs)}{maximum}; {len(x)} images")
 
 
-def surface_file(model, x, under, settings, out):
+def surface_file(model, x, drawn, settings, out):
     """The file of a surface, named by a checksum of all that the surface depends on."""
     tensors = *model.state_dict().values(), x
     content = b"".join(tensor.numpy().tobytes() for tensor in tensors)
-    content += f"{under} {settings.maximum} {settings.seed}".encode()
+    content += settings.xs.tobytes()
+    content += f"{drawn} {settings.seed}".encode()
     return f"runs/landscape/{Path(out).stem}-{zlib.crc32(content):08x}.npz"
 
 
 def figure_3(settings, out):
-    """The paper's Fig. 3: contours of L2 and L2-LAMP at batch sizes 128, 16 and 4."""
+    """The paper's Fig. 3: contours of L2 (above) and L2-LAMP, batch sizes 128, 16, 4.
+
+    Nothing of it is kept, so after an interruption it begins anew.
+    """
     panels = []
     for lamp, batch_size in itertools.product((False, True), (128, 16, 4)):
         model, x, y = train_classifier(lamp, batch_size, settings.seed, settings)
@@ -420,7 +450,7 @@ def paraboloid():
 
 
 def steps(span, grid):
-    """`grid` steps from -span to span, an odd number, so that the middle one is 0."""
+    """Steps from -span to span. grid: how many, odd, so that the middle one is 0."""
     xs = np.linspace(-span, span, grid)
     xs[grid // 2] = 0.0                             # exactly, for the trained weights
     return xs
@@ -438,8 +468,8 @@ def parse(argv):
     add("--under", choices=("own", *BASE_LOSSES), default="own",
         help="the loss that is drawn: each run's own, or one for all (default: own)")
     add("--maximum", choices=("held", "moving"), default="held",
-        help="of LAMP's Eq. 2: held for all points, or each point's own "
-             "(default: held)")
+        help="of LAMP's Eq. 2: held for all points (default; not with --no-detach), or "
+             "each point's own")
     add("--grid", type=int, default=31, help="points on a side, odd (default: 31)")
     add("--span", type=float, default=1.0,
         help="the largest step, in weights' norms (default: 1)")
@@ -488,8 +518,8 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"landscape.py: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted: the same command goes on where this one "
-                         "stopped\n")
+        parser.exit(130, "\ninterrupted: the same command goes on with the surface of "
+                         "a run where this one stopped\n")
     raise SystemExit(0)
 
 

@@ -3,8 +3,9 @@
     python train.py                                         # digits, 15 s, no download
     python train.py --dataset mnist --normal 3 --loss l2 --lamp
 
-Every model reconstructs its input, so one loop, `fit`, trains them all. The LAMP paper
-in one line: train on normal images alone, with an amplified loss; judge by L2.
+Every model reconstructs its input, so one loop, `fit`, trains all that are trained. The
+LAMP paper in one line: train on normal images alone, with an amplified loss; judge by
+L2. `run` is the way of a run from its config to its record. Begin there, or with `fit`.
 
 A run is made from a config, a dict. The command line sets the options that a reader of
 the papers turns. DEFAULTS holds all keys. From Python any of them can be set:
@@ -12,7 +13,8 @@ the papers turns. DEFAULTS holds all keys. From Python any of them can be set:
     import train
     record = train.run({"dataset": "mnist", "normal": "3", "lamp": True, "width": 32})
 
-On a CPU, the same command repeats to the last bit with the same number of threads.
+On a CPU, the same command repeats to the last bit with the same number of threads, if
+bfloat16 is chosen both times or never ("amp" in the config, see `bfloat16_is_faster`).
 """
 import argparse
 import io
@@ -39,56 +41,63 @@ from torch import nn
 import evaluate as ev
 from data import DATASETS, to_float
 from lamp_loss import BASE_LOSSES, ReconstructionLoss
-from uniad import STAGES
+from uniad import QUERIES, STAGES, STARTS
 
 
 # ---- the loop ----
 
 def print_epoch(history, epochs):
-    """Print a line that stays for every tenth of the epochs, and others briefly."""
+    """Print a line for the last epoch. It stays if it is a tenth, judged, or the last.
+
+    All other lines are overwritten by the next one, and only a terminal shows them.
+    """
     now = history[-1]
     auroc = now.get("image_auroc")
     judged = "" if auroc is None else f"   image AUROC {auroc:.4f}"
     seconds = sum(entry["seconds"] for entry in history) / len(history)
     left = seconds * (epochs - len(history))
-    tenth = now["epoch"] % max(1, epochs // 10) == 0
-    stays = judged or tenth or now["epoch"] == epochs
+    is_tenth = now["epoch"] % max(1, epochs // 10) == 0
+    stays = auroc is not None or is_tenth or now["epoch"] == epochs
     if stays or sys.stdout.isatty():
         print(f"epoch {now['epoch']:>4}/{epochs}   loss {now['loss']:.5f}   "
               f"base error {now['base_error']:.5f}{judged}   {left:.0f} s left   ",
               end="\n" if stays else "\r", flush=True)
 
 
-def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=1e-3,
+def fit(model, stored, criterion, targets=None, *, epochs=10, batch_size=32, lr=1e-3,
         optimizer="adam", schedule="cosine", weight_decay=0.0, clip=0.0, seed=0,
         amp=False, prepare=to_float, resume=None, after_epoch=None):
     """Train a model to reconstruct its inputs, or to predict targets -> history.
 
-    inputs: (N, C, H, W) as they are stored. prepare: makes of them what the model sees.
+    stored: (N, C, H, W), the inputs. prepare: turns them into what the model sees.
     targets: (N, ...), or None for the inputs themselves.
-    criterion(x_hat, x): a scalar, the sum over the values of an image (Eq. 1 of LAMP).
-        It is divided by their number, so that one learning rate fits all image sizes.
+    criterion(x_hat, x): a scalar, summed over an image (Eq. 1 of LAMP) and averaged
+        over the batch. It is divided by an image's number of values, so that one
+        learning rate fits all image sizes.
+    clip: the gradient's largest norm, 0 for any. amp: multiply in bfloat16.
     after_epoch(history, state): may add to the last entry of the history, which has a
-        dict for each epoch, and may keep the state, from which a training can `resume`.
+        dict for each epoch. It may save the state, beside the model's weights, to
+        `resume` from it.
     Raises FloatingPointError where the loss is not finite.
     """
     device = next(model.parameters()).device
-    order = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     network = in_processes(model.to(memory_format=torch.channels_last))
     optim = OPTIMIZERS[optimizer](model, lr, weight_decay)
-    history = restore(resume, optim, order) if resume else []
+    history = restore(resume, optim, generator) if resume else []
     for epoch in range(len(history) + 1, epochs + 1):
-        started, errors = time.perf_counter(), []
-        batches = torch.randperm(len(inputs), generator=order).split(batch_size)
+        started, means = time.perf_counter(), torch.zeros(2)
+        batches = torch.randperm(len(stored), generator=generator).split(batch_size)
         model.train()
         for step, index in enumerate(batches):
             # Take a batch as the model sees it. Several processes share its images.
             mine, weight = share_of(index)
-            x = prepare(inputs[mine].to(device))
+            x = prepare(stored[mine].to(device))
             x = x.contiguous(memory_format=torch.channels_last)
             target = x if targets is None else targets[mine].to(device)
 
-            # Reconstruct it, and compare in float32. LAMP needs that precision.
+            # Reconstruct it, and compare (Eq. 1 and 2) in float32: 16 bits would round
+            # 1 - L' too coarsely for the logarithm.
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x_hat = network(x)
             loss = criterion(x_hat.float(), target) / target[0].numel()
@@ -99,13 +108,12 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             (loss * weight).backward()
             progress = (epoch - 1 + step / len(batches)) / epochs
             take_step(optim, model, lr * SCHEDULES[schedule](progress), clip, amp)
-            share = len(mine) / len(inputs)                 # of this epoch's images
-            errors.append(errors_of(criterion, loss, target) * share)
+            means += losses_of(criterion, loss, target) * (len(mine) / len(stored))
 
-        history.append(record_epoch(epoch, errors, time.perf_counter() - started))
-        if processes()[0] == 0:
+        history.append(record_epoch(epoch, means, time.perf_counter() - started))
+        if is_first_process():
             if after_epoch:
-                after_epoch(history, snapshot(optim, order, history))
+                after_epoch(history, snapshot(optim, generator, history))
             print_epoch(history, epochs)
     return history
 
@@ -125,20 +133,22 @@ def check_finite(loss, lr, epoch, step):
     if not torch.isfinite(loss):
         raise FloatingPointError(
             f"the loss is {loss.item()} at epoch {epoch}, step {step + 1}: try "
-            f"--lr {lr / 10:.1g}. The last full epoch is kept")
+            f"--lr {lr / 10:.1g}")
 
 
-def errors_of(criterion, loss, target):
-    """The loss, and the error before amplification, of a value: (2,), on the CPU."""
+def losses_of(criterion, loss, target):
+    """The loss and the error before amplification, per value of an image: (2,).
+
+    The criterion has kept the latter as `base_error` when it was called last.
+    """
     base_error = getattr(criterion, "base_error", None)
     if base_error is None:                                  # not ReconstructionLoss
         return torch.stack([loss, loss]).detach().cpu()
     return torch.stack([loss.detach(), base_error / target[0].numel()]).cpu()
 
 
-def record_epoch(epoch, errors, seconds):
-    """The history's entry. errors: of each batch, with its share of the epoch."""
-    means = sum(errors)
+def record_epoch(epoch, means, seconds):
+    """The history's entry. means: (2,), the epoch's average of `losses_of`."""
     if dist.is_initialized():
         dist.all_reduce(means)
     return {"epoch": epoch, "loss": float(means[0]), "base_error": float(means[1]),
@@ -149,6 +159,7 @@ def record_epoch(epoch, errors, seconds):
 def reestimate_batch_norm(model, batches):
     """Compute batch norm's running statistics anew, as an average over `batches`.
 
+    The paper does not say how it does this. It is our choice.
     batches: tensors as the model sees them. With PyTorch's momentum of 0.1 the running
     statistics remember about ten batches, and at batch size 1 ten images. Training
     never reads them, and no random number is drawn, so training stays the same.
@@ -157,18 +168,22 @@ def reestimate_batch_norm(model, batches):
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None                                # PyTorch: a plain average
         norm.train()
     for x in batches:
         model(x)
-    for norm in norms:
-        norm.momentum = 0.1
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
         norm.eval()
 
 
-# ---- optimizers (LAMP, Sec. 3.1) and schedules ----
+# ---- optimizers and schedules ----
+
+# The LAMP paper has SGD, RMSprop and Adam (Sec. 3.1). UniAD's authors take AdamW, with
+# the step schedule. Muon and the other schedules are our choice.
 
 @torch.no_grad()
 def orthogonalize(g):
@@ -198,7 +213,8 @@ class Muon(torch.optim.AdamW):
     This moves the weights W of linear layers and of convolutions, which are taken as
     matrices (out, in k k). G is the gradient. All other parameters (queries, positions,
     norms, biases, and the maps named "project" into and out of the layers) take Adam's
-    step at lr / 20, without weight decay.
+    step at lr / 20, without weight decay. AdamW's own `step` passes over parameters
+    without a gradient. So `move_matrices` removes the gradients of those it moves.
 
     torch.optim.Muon refuses convolutions. It also casts to bfloat16, which a CPU
     without hardware for it emulates: a step of UniAD then takes 25 s instead of 0.8 s.
@@ -330,6 +346,11 @@ def processes():
     return dist.get_rank(), dist.get_world_size()
 
 
+def is_first_process():
+    """Whether this process is the one that prints and saves."""
+    return processes()[0] == 0
+
+
 def in_processes(model):
     """The model; in several processes one that averages its gradients over them."""
     if processes()[1] == 1:
@@ -353,16 +374,26 @@ def share_of(index):
 
 # ---- saving and resuming ----
 
-def snapshot(optim, order, history):
-    """What `restore` needs, as tensors and plain values."""
-    return {"optimizer": optim.state_dict(), "order": order.get_state(),
+# model.pt is a dict: version, config, shape (of what the model sees), image (the shape
+# of an image), fingerprint (of the normal images), backbone (its statistics), model
+# (the weights), what `snapshot` adds, and calibration as soon as the run is judged.
+
+def snapshot(optim, generator, history):
+    """What `restore` needs besides the weights, as tensors and plain values.
+
+    It holds the history itself, so what is added to its last entry is saved, too.
+    """
+    return {"optimizer": optim.state_dict(), "order": generator.get_state(),
             "rng": torch.get_rng_state(), "history": history}
 
 
-def restore(state, optim, order):
-    """Put the optimizer and the random numbers back to a snapshot's -> its history."""
+def restore(state, optim, generator):
+    """Put the optimizer and the random numbers back to a snapshot's -> its history.
+
+    Dropout and jitter on a GPU draw other numbers, which are not kept.
+    """
     optim.load_state_dict(state["optimizer"])
-    order.set_state(state["order"])
+    generator.set_state(state["order"])
     torch.set_rng_state(state["rng"])                       # for dropout and jitter
     return list(state["history"])
 
@@ -387,11 +418,13 @@ class RunFolder:
         if (self.path / "writer.txt").read_text() != self.token:
             raise ValueError(f"another training has begun in {self.path}: this one "
                              "stops, and leaves it alone. Name another --out")
-        buffer = io.BytesIO()                   # then a full disk is a plain OSError
+        # Straight into a file, torch would not raise an OSError where a disk is full.
+        buffer = io.BytesIO()
         torch.save(state, buffer)
         part = self.path / "model.tmp"
         part.write_bytes(buffer.getbuffer())
-        for name in ("run.json", "examples.png"):           # of an earlier state
+        # These belong to an earlier state of the run. They are made again at its end.
+        for name in ("run.json", "examples.png"):
             (self.path / name).unlink(missing_ok=True)
         os.replace(part, self.path / "model.pt")
 
@@ -408,7 +441,7 @@ MAY_CHANGE = ("device", "data_dir", "epochs")
 
 
 def resumed_config(out, given):
-    """The config of the run in `out`, with what may change -> config.
+    """The config of the run in `out`, with those keys of `given` that may change.
 
     Epochs may change only if the learning rate is constant: other schedules are planned
     for their number.
@@ -426,14 +459,17 @@ def resumed_config(out, given):
                              f"planned for {c.get('epochs')} epochs. Train anew, with "
                              "another --out")
         c[key] = value
-    c["device"] = pick_device(c["device"])
+    c["device"] = ev.pick_device(c["device"])
     return c
 
 
 # ---- configs: every key, with its default by model ----
 
+# The LAMP paper gives the depth (4 on MNIST, 6 else) and the batch sizes. Width, eps,
+# rates, schedules and steps are our choice. What UniAD's authors take, and why these
+# defaults differ, stands at the top of uniad.py.
 COMMON = dict(
-    dataset="digits", normal=None, data_dir="data", seed=0, device="auto",
+    dataset="digits", normal="0", data_dir="data", seed=0, device="auto",
     validate=False,                     # judge on a sixth of the training split
     fpr=0.05,                           # the false alarms that the threshold allows
     eval_every=None,                    # epochs; None: a quarter of them; 0: at the end
@@ -454,8 +490,8 @@ BY_MUON = dict(
     batch_size=8,
     amp="auto")                         # bfloat16 where it is faster, see above
 OF_TRANSFORMER = dict(
-    steps=1000, depth=4, width=256, neighbors=0, jitter=0.0, dropout=0.0, query="first",
-    start="random")
+    steps=1000, depth=4, width=256, dropout=0.0,
+    neighbors=0, jitter=0.0, query="first", start="random")     # UniAD has more
 
 DEFAULTS = {                            # a model has only the keys that mean something
     "ae": COMMON | PIXELS | TRAINED | BY_ADAM | dict(
@@ -483,23 +519,25 @@ OF_A_RUN = ("out", "white")             # without a default; white: photos/image
 def with_defaults(given):
     """A config with any keys -> one with all the keys of its model.
 
-    Raises ValueError for a key that the model does not have, and for values that are
-    out of range or exclude each other.
+    Raises ValueError for a model that is not there, a key that it does not have, and
+    values that are out of range or exclude each other.
     """
     given = {key: value for key, value in given.items() if value is not None}
     model, dataset = given.get("model", "ae"), given.get("dataset", "digits")
+    if model not in DEFAULTS:
+        raise ValueError(f"unknown model {model!r}: use one of {', '.join(DEFAULTS)}")
     sees_features = given.get("backbone", "none") != "none"
     c = {"model": model, **DEFAULTS[model]}
     if sees_features:
         c |= FEATURES                                       # PCA, too, can see features
-    c["normal"] = "0"
     if dataset in PRODUCTS:
         c |= {"normal": "all", "score": "standardized"}
         if not sees_features:
             c |= ON_PRODUCTS.get(model, {})
-    if given.get("neighbors") == 0 or given.get("query", "layerwise") != "layerwise":
-        if "start" in c:
-            c["start"] = "random"                           # there is no need for steps
+    # The two-step start is for a model with a mask, and a learned query in each layer.
+    masked = given.get("neighbors", 7) > 0
+    if "start" in c and not (masked and given.get("query", "layerwise") == "layerwise"):
+        c["start"] = "random"
     if model == "ae" and dataset == "digits":
         c["steps"] = 400                                    # they are small and few
     if c.get("optimizer") == "muon" and given.get("optimizer", "muon") != "muon":
@@ -511,7 +549,7 @@ def with_defaults(given):
     c |= given
     c.setdefault("out", default_folder(c))
     check(c)
-    c["device"] = pick_device(c["device"])
+    c["device"] = ev.pick_device(c["device"])
     return c
 
 
@@ -533,6 +571,9 @@ def flag(key):
 ABOVE_ZERO = ("image_size", "depth", "patches", "epochs", "batch_size", "lr", "width",
               "fpr", "latent", "bank_images", "coreset")
 BELOW_ONE = ("fpr", "dropout")
+WORDS = {                               # what keys that are words may be
+    "loss": BASE_LOSSES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
+    "score": ev.SCORES, "query": QUERIES, "start": STARTS}
 
 
 def check(c):
@@ -540,8 +581,12 @@ def check(c):
     for key, value in c.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             check_range(key, value)
+        if key in WORDS and value not in WORDS[key]:
+            raise ValueError(f"{flag(key)} {value}: use one of "
+                             f"{', '.join(WORDS[key])}")
     model, features = c["model"], c["backbone"] != "none"
-    if model != "pca" and features != (model != "ae"):
+    needs_features = model not in ("ae", "pca")
+    if (model == "ae" and features) or (needs_features and not features):
         raise ValueError(f"--model {model} --backbone {c['backbone']}: ae sees the "
                          "image, pca the image or features, all others features. Leave "
                          "out --backbone")
@@ -559,24 +604,14 @@ def check(c):
 
 
 def check_range(key, value):
-    low_enough = value < (1 if key in BELOW_ONE else 2 ** 63)
-    high_enough = value > 0 or (value == 0 and key not in ABOVE_ZERO)
-    if low_enough and high_enough:                          # NaN is neither
+    # Seeds and counts must fit into 64 bits.
+    below_limit = value < (1 if key in BELOW_ONE else 2 ** 63)
+    above_limit = value > 0 or (value == 0 and key not in ABOVE_ZERO)
+    if below_limit and above_limit:                         # NaN is neither
         return
     least = "above 0" if key in ABOVE_ZERO else "of 0 or more"
     most = " and below 1" if key in BELOW_ONE else ""
     raise ValueError(f"{flag(key)} {value}: expected a number {least}{most}")
-
-
-def pick_device(name):
-    """ "auto" -> the first of cuda, mps and cpu that is there. ValueError: none is."""
-    there = {"cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device in there if there[device])
-    if not there[name]:
-        raise ValueError(f"--device {name}: PyTorch finds none here. Leave it out")
-    return name
 
 
 # ---- a run ----
@@ -591,7 +626,8 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
 
     config: any keys of DEFAULTS. data: a Data, where data.load does not make it.
     criterion: what to train by, in place of the config's loss.
-    resume: if config["out"] holds a run already, go on with it, by that run's config.
+    resume: if config["out"] holds a run already, go on with it. Of the config only the
+        keys MAY_CHANGE count then. Without `resume`, a run that is there is replaced.
     command: what made it, for the record. report: print what is learned, and a result.
     After Ctrl-C the last full epoch is judged, and record["interrupted"] is True.
     """
@@ -600,19 +636,29 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     c = with_defaults(config)
     state = saved_run(c["out"]) if resume else None
     if state:
-        may_change = {key: c[key] for key in MAY_CHANGE if c.get(key) is not None}
+        may_change = {key: config[key] for key in MAY_CHANGE if key in config}
         c = resumed_config(c["out"], may_change)
+
+    # 1. The images, or their features: normal ones to train on, and all to test.
     device = join_processes(c["device"])
     data, inputs, backbone = ev.open_data(c, device, state, data)
     settle(c, len(inputs.train))
+    check_batch_norm(c, len(inputs.train))
     if report:
         print_start(c, data, inputs)
+
+    # 2. The model, with its first weights or those of a saved run.
     model = first_model(c, inputs, device, state)
+    # Saving once before training shows a full disk now, and not after an epoch.
     save = saver(c, model, data, inputs, backbone)
-    save(state or {"history": []})                  # where this fails, it fails now
+    save(state or {"history": []})
+
+    # 3. Train it: normal images alone, by the base loss or LAMP (Eq. 1 and 2).
     interrupted = train_model(c, model, data, inputs, criterion, state, save)
-    if processes()[0] > 0:
+    if not is_first_process():
         return {}                                   # the first process does the rest
+
+    # 4. Judge the test images by the error of their reconstruction, and keep it all.
     record = finish(c, model, data, inputs, save, command)
     record["seconds"] = round(time.perf_counter() - started, 2)
     record["interrupted"] = interrupted
@@ -624,7 +670,7 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
 
 
 def settle(c, images):
-    """Set what depends on the number of images, or on the machine, where it is open."""
+    """Fill in what is None or "auto" in a config, for so many training images."""
     if "epochs" not in c:                                   # solved, not trained
         return
     if c["epochs"] is None:
@@ -636,6 +682,19 @@ def settle(c, images):
         c["amp"] = bfloat16_is_faster(c["device"])
 
 
+def check_batch_norm(c, images):
+    """Raise ValueError where batch norm would see a single value of each channel."""
+    if c["model"] != "ae" or c["patches"] > 1:
+        return
+    side = c["image_size"] // 2 ** c["depth"]               # of the code
+    last = images % c["batch_size"] or c["batch_size"]      # images in the last batch
+    if side == 1 and min(last, c["batch_size"]) == 1:
+        raise ValueError(
+            f"--batch-size {c['batch_size']}: of {images} images, one batch has a "
+            "single one. With a code of 1x1, batch normalization then has one value "
+            "for each channel. Use another --batch-size, or fewer layers (--depth)")
+
+
 def shape_of(inputs):
     """(C, H, W) of what the model sees."""
     return list(inputs.train.shape[1:])
@@ -643,7 +702,8 @@ def shape_of(inputs):
 
 def first_model(c, inputs, device, state):
     """The model before training, or as it was saved, or solved."""
-    torch.manual_seed(c["seed"] + processes()[0])           # processes jitter apart
+    # Another seed in each process gives each its own jitter and dropout.
+    torch.manual_seed(c["seed"] + processes()[0])
     if c["model"] == "nearest" and not state:
         return nearest_model(c, inputs, device)
     bank_tokens = len(state["model"].get("bank", ())) if state else 0
@@ -658,7 +718,8 @@ def first_model(c, inputs, device, state):
 def nearest_model(c, inputs, device):
     """Nearest tokens, with a bank of at most `bank_images` normals and their copies.
 
-    The images are drawn, always the same ones. A copy has the number of its image.
+    The images are drawn by a fixed seed. Copies come from photos/ alone: each has the
+    number of its image.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(inputs.train), generator=generator)
@@ -685,8 +746,8 @@ def saver(c, model, data, inputs, backbone):
              "backbone": backbone and (backbone.mean.cpu(), backbone.std.cpu())}
     if dist.is_initialized():
         dist.barrier()                                      # all have read what is here
-    if processes()[0] > 0:
-        return lambda state: None                           # the first process saves
+    if not is_first_process():
+        return lambda state: None
     folder.claim()
     return lambda state: folder.save({**state, **fixed, "model": model.state_dict()})
 
@@ -735,7 +796,10 @@ def curve_point(epoch, c, model, data, inputs):
 
 
 def finish(c, model, data, inputs, save, command):
-    """Judge the last full epoch, save its calibration, draw examples -> the record."""
+    """Judge the last full epoch, save its calibration, draw examples -> the record.
+
+    After Ctrl-C the model is in the middle of an epoch. The file has the last full one.
+    """
     state, last_full_epoch = ev.load_run(c["out"], finished=False)
     model.load_state_dict(last_full_epoch.state_dict())
     metrics, judged, calibration = judge_now(c, model, data, inputs)
@@ -777,6 +841,7 @@ def print_start(c, data, inputs):
           f"images to train on, {len(inputs.calibration)} set aside for the threshold.")
     print(f"To test: {normals} normal images and {anomalies} anomalous ones.")
     usual = with_defaults({key: c[key] for key in ("model", "dataset", "backbone")})
+    usual["amp"] = c.get("amp")                             # measured, not chosen
     settle(usual, len(inputs.train))
     chosen = [f"{key}={c[key]}" for key in c if c[key] != usual.get(key)]
     default = [f"{key}={c[key]}" for key in c if c[key] == usual.get(key)]
@@ -841,8 +906,8 @@ def add_data_and_model(p):
     add("--backbone", choices=("none", *STAGES), help="the frozen CNN")
     add("--neighbors", type=int, help="uniad: the side of its mask, 0 for none")
     add("--jitter", type=float, help="uniad: the scale of its feature jitter")
-    add("--query", choices=("layerwise", "first", "none"), help="uniad: who learns one")
-    add("--start", choices=("random", "two-step"), help="uniad: its first weights")
+    add("--query", choices=QUERIES, help="uniad: which decoder layers learn one")
+    add("--start", choices=STARTS, help="uniad: its first weights")
 
 
 def add_loss_and_training(p):
@@ -872,8 +937,9 @@ def config_of(argv):
                              "give one of them")
         return resumed_config(out, given), True
     c = with_defaults(given)
-    state = saved_run(c["out"])
-    if state and not overwrite:
+    # A run that is damaged, or of another version, can be replaced as well.
+    state = None if overwrite else saved_run(c["out"])
+    if state:
         out = shlex.quote(c["out"])
         epochs = len(state["history"])
         raise ValueError(f"{out} already holds a run of {epochs} epochs: "
@@ -890,7 +956,7 @@ def main(argv=None):
         config, resume = config_of(argv)
         command = shlex.join(["python", "train.py", *argv])
         record = run(config, resume=resume, command=command)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         parser().exit(2, f"train.py: {error}\n")
     except KeyboardInterrupt:
         parser().exit(130, "\ninterrupted\n")

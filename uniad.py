@@ -9,20 +9,21 @@ paper calls this the identical shortcut, and has three remedies: neighbor-masked
 attention, the layer-wise query decoder, and feature jittering. FeatureMLP and
 FeatureCNN at the end of this file have none of them.
 
-    image -> Backbone -> f -> jitter -> encoder -> m
-    q_l, m -> decoder -> linear map -> f_hat
+    image -> Backbone -> f -> jitter -> linear map -> encoder -> m
+    q_l, m, output of layer l - 1 -> decoder layer l
+    last decoder layer -> linear map -> f_hat
 
     encoder       neighbor-masked (NME)
-    decoder       with layer-wise queries (LQD)
+    decoder       with layer-wise queries (LQD), neighbor-masked as well
     training      minimize the mean of (f_hat - f)^2, with f before the jitter
     anomaly map   the distance ||f_hat - f|| of each token
 
-    symbol    shape       what it is
+    symbol    shape       what it is (alpha is a number)
     f, f_hat  (B, N, C)   tokens of a g x g grid (N = g g), and their reconstruction
     m         (B, N, D)   the encoder's output (memory), D = dim
     q_l       (N, D)      the learned query of decoder layer l
     position  (N, D)      learned: half of D for the column, half for the row
-    alpha     20          the scale of the feature jitter
+    alpha     -           the scale of the feature jitter, 20 in the paper
 
 Differences from the authors' code (github.com/zhiyuanyou/UniAD):
   1. We take torchvision's EfficientNet-B4: another training run, symmetric padding, and
@@ -38,8 +39,11 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD):
      the seed.
   6. Features are rounded to float16, so that cached and computed ones agree.
   7. train.py's defaults take minutes instead of days: the optimizer Muon, no dropout,
-     and jitter 5. A scale of 20 would add noise of variance 400/C = 1.5 to features of
-     variance 1. The error of a trained model has a variance of only 0.2.
+     and jitter 5. Since ||f||^2 is about C, a scale of 20 would add noise of variance
+     400/C = 1.5 to features of variance 1. The error of a trained model has a variance
+     of only 0.2.
+  8. train.py starts from the weights of `two_step_start`, not from random ones.
+     UniAD(start="random"), the default of the class, starts as the authors do.
 """
 import math
 
@@ -76,10 +80,11 @@ class Backbone(nn.Module):
     size: S in pixels. Images of another size are scaled to it.
     standardize: use the normals' mean and standard deviation of each channel. They must
         be set first, by `fit_statistics` or `set_statistics`.
-    strides: those of the stages to take.
+    strides: those of the stages to take. ResNet-18 has no stage of stride 2.
     grid_stride: that of the grid, so g = S / grid_stride.
-    Raises ValueError for an unknown name, a size that 16 does not divide, weights that
-    do not fit, features that are not finite, and missing statistics.
+    Raises ValueError for an unknown name, a size that 16 or grid_stride does not
+    divide, strides of which the network has none, weights that do not fit, features
+    that are not finite, and missing statistics.
     """
 
     def __init__(self, name="efficientnet_b4", weights="imagenet", size=224,
@@ -88,15 +93,20 @@ class Backbone(nn.Module):
         if name not in STAGES:
             raise ValueError(f"unknown backbone {name!r}: use one of "
                              f"{', '.join(STAGES)}")
-        if size % 16:
-            raise ValueError(f"image size {size}: features need a multiple of 16, "
-                             f"such as {max(16, size // 16 * 16)}")
+        unit = max(16, grid_stride)
+        if size % unit:
+            raise ValueError(f"image size {size}: features need a multiple of {unit}, "
+                             f"such as {max(unit, size // unit * unit)}")
+        stages = [STAGES[name][s] for s in strides if s in STAGES[name]]
+        if not stages:
+            raise ValueError(f"strides {strides}: {name} has "
+                             f"{', '.join(map(str, STAGES[name]))}")
         self.name, self.size, self.grid = name, size, size // grid_stride
         self.strides = tuple(strides)
-        self.fitted = not standardize                   # may `standardize` be called?
+        # Without standardizing, a mean of 0 and a std of 1 are the right statistics.
+        self.fitted = not standardize
 
-        # Random weights are always the same, and the caller's random numbers go on.
-        stages = [STAGES[name][s] for s in strides if s in STAGES[name]]
+        # Random weights are always the same. The caller's random state is left alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             if name == "efficientnet_lite2":
@@ -108,13 +118,14 @@ class Backbone(nn.Module):
         network.to(memory_format=torch.channels_last)   # twice as fast on a CPU
         self.network = network.eval().requires_grad_(False)
 
-        # Each color of an image is scaled as the network knows it from its training.
+        # Colors are scaled as in the network's own training.
         center = torch.tensor(center).view(3, 1, 1)
         spread = torch.tensor(spread).view(3, 1, 1)
         self.register_buffer("center", center, persistent=False)
         self.register_buffer("spread", spread, persistent=False)
 
-        # The statistics that `standardize` uses. One image tells how many there are.
+        # The statistics that `standardize` uses. A black image shows how many channels
+        # there are.
         channels = self.extract(torch.zeros(1, 3, size, size)).shape[1]
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
@@ -168,8 +179,8 @@ class Backbone(nn.Module):
         # One channel at a time, because all of them in float64 need much memory.
         for c, channel in enumerate(features.unbind(1)):
             std[c], mean[c] = torch.std_mean(channel.double(), correction=0)
-        # Divided by a tiny std, the noise of a channel that hardly ever responds would
-        # become as large as the signal of the others.
+        # A channel that hardly ever responds has a tiny std. Dividing by it would make
+        # its noise as large as the signal of the others.
         smallest = max(0.05 * float(std.mean()), 1e-6)
         std.clamp_(min=smallest)
         self.set_statistics(mean, std)
@@ -252,8 +263,9 @@ def jitter(f, alpha=20.0):
 def neighbor_mask(height, width, size):
     """Neighbor-masked attention (NMA): a mask (HW, HW) to add to the attention scores.
 
-    It is -inf where |dy| <= size // 2 and |dx| <= size // 2, and 0 elsewhere. A token
-    may not look at itself or at its neighbors, whose features say what its own are.
+    It is -inf where |dy| <= size // 2 and |dx| <= size // 2, and 0 elsewhere, so an
+    even size counts as the next odd one. A token may not look at itself or at its
+    neighbors, whose features say what its own are.
     Raises ValueError where a token would see nothing, since softmax would be NaN.
     """
     tokens = torch.arange(height * width)
@@ -271,6 +283,7 @@ def neighbor_mask(height, width, size):
 class Attention(nn.Module):
     """Masked attention: softmax(q k^T / sqrt(d) + mask) v, in heads of width d.
 
+    Linear maps of q, k and v come before it, and one of the result after it.
     q, k, v: (B, N, D) -> (B, N, D).
     mask: (N, N), 0 where a token may look and -inf where it may not.
     """
@@ -286,9 +299,12 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)     # (B, heads, N, d)
 
     def forward(self, q, k, v):
-        q = self.split_heads(self.to_q(q))
+        # Each head has d = D / heads channels of its own.
+        q = self.split_heads(self.to_q(q))                          # (B, heads, N, d)
         k = self.split_heads(self.to_k(k))
         v = self.split_heads(self.to_v(v))
+
+        # It attends with them, and all results are put side by side again.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask.to(q.dtype))
         y = y.transpose(1, 2).flatten(2)                            # (B, N, D)
         return self.out(y)
@@ -328,7 +344,7 @@ class DecoderLayer(nn.Module):
     previous: the output of the decoder layer before this one, (B, N, D). The first
         layer gets the memory. -> (B, N, D)
     learned: False takes `previous` as the query instead. The residual connection then
-        adds it without a mask, so that a copy of the memory is possible.
+        carries `previous` past the mask, so that a copy of the memory is possible.
     """
 
     def __init__(self, tokens, dim, heads, hidden, dropout, mask, learned=True):
@@ -345,7 +361,7 @@ class DecoderLayer(nn.Module):
         if self.query is not None:
             query = self.query.expand_as(memory)
 
-        # The layer's own query looks at the encoder's output, its neighbors masked.
+        # The query looks at the encoder's output, its neighbors masked.
         attended = self.memory_attention(query + position, memory + position, memory)
         x = self.norm1(query + self.dropout(attended))
 
@@ -357,6 +373,42 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(self.mlp(x)))
 
 
+# Parts of the authors' key names, and what stands for them here.
+OFFICIAL_NAMES = (
+    ("module.", ""),
+    ("reconstruction.", ""),
+    ("transformer.", ""),
+    ("layers.", ""),
+    ("pos_embed.row_embed.weight", "rows"),
+    ("pos_embed.col_embed.weight", "columns"),
+    ("decoder.norm", "norm"),
+    ("input_proj", "project_in"),
+    ("output_proj", "project_out"),
+    ("learned_embed.weight", "query"),
+    ("linear1", "mlp.0"),
+    ("linear2", "mlp.3"),
+    ("self_attn", "attention"),
+    ("multihead_attn", "layer_attn"),
+    ("out_proj", "out"),
+)
+
+
+def check_word(name, word, words):
+    if word not in words:
+        raise ValueError(f"{name} must be one of {', '.join(words)}, got {word!r}")
+
+
+def mask_of(grid, neighbors):
+    """The mask of UniAD's attentions, for a g x g grid. neighbors: 0 for none."""
+    if neighbors:
+        return neighbor_mask(grid, grid, neighbors)
+    return torch.zeros(grid * grid, grid * grid)
+
+
+QUERIES = ("layerwise", "first", "none")
+STARTS = ("random", "two-step")
+
+
 class UniAD(nn.Module):
     """The transformer: features f -> reconstructed features f_hat, both (B, C, g, g).
 
@@ -366,23 +418,23 @@ class UniAD(nn.Module):
     neighbors: the side of the neighbor mask, 0 for no mask.
     jitter: alpha, used in training only, 0 for no jitter.
     query: which layers of the decoder have a learned query: all ("layerwise"), the
-        first one ("first"), or no layer ("none"). The others take the output before
-        them in its place. The paper's baseline Transformer has neighbors=0, jitter=0
-        and query="first".
+        first one ("first"), or no layer ("none"). The others take the output of the
+        layer before them as their query. With neighbors=0, jitter=0 and query="first"
+        the model is close to the paper's baseline Transformer.
     start: the weights that training begins with, "random" as the authors', or
         "two-step", see `two_step_start`.
-    Raises ValueError where the mask hides everything, see `neighbor_mask`.
+    Raises ValueError for another word, and where the mask hides everything from a
+    token, see `neighbor_mask`.
     """
 
     def __init__(self, channels=272, grid=14, dim=256, heads=8, layers=4, hidden=1024,
                  neighbors=7, jitter=20.0, dropout=0.1, query="layerwise",
                  start="random"):
         super().__init__()
-        self.alpha = jitter
-        tokens = grid * grid
-        mask = torch.zeros(tokens, tokens)
-        if neighbors:
-            mask = neighbor_mask(grid, grid, neighbors)
+        check_word("query", query, QUERIES)
+        check_word("start", start, STARTS)
+        self.alpha, tokens = jitter, grid * grid
+        mask = mask_of(grid, neighbors)
         with_query = {"layerwise": layers, "first": 1, "none": 0}[query]
 
         self.rows = nn.Parameter(torch.rand(grid, dim // 2))
@@ -411,19 +463,21 @@ class UniAD(nn.Module):
 
     def forward(self, features):
         grid = features.shape[-1]
-        f = features.flatten(2).transpose(1, 2)                     # (B, N, C)
-        if self.training and self.alpha:
-            f = jitter(f, self.alpha)
+        tokens = features.flatten(2).transpose(1, 2)                # f, (B, N, C)
         position = self.position()                                  # (N, D)
 
+        # In training, noise is added to the tokens. Then C channels become D.
+        if self.training and self.alpha:
+            tokens = jitter(tokens, self.alpha)
+        x = self.project_in(tokens)                                 # (B, N, D)
+
         # The encoder makes a memory of the tokens, without looking at neighbors.
-        m = self.project_in(f)                                      # (B, N, D)
         for layer in self.encoder:
-            m = layer(m, position)
+            x = layer(x, position)
+        m = x                                                       # (B, N, D)
 
         # Each decoder layer asks the memory, and then the layer before it. The first
         # layer has none before it, and takes the memory once more.
-        x = m
         for layer in self.decoder:
             x = layer(m, x, position)                               # (B, N, D)
 
@@ -442,7 +496,8 @@ class UniAD(nn.Module):
         for key, tensor in state_dict.items():
             for theirs, ours in OFFICIAL_NAMES:
                 key = key.replace(theirs, ours)
-            # What the authors call self-attention looks at the memory in the decoder.
+            # In the decoder, the authors' self_attn attends to the memory, and their
+            # multihead_attn to the layer before.
             if key.startswith("decoder"):
                 key = key.replace("attention", "memory_attention")
                 key = key.replace("layer_attn", "layer_attention")
@@ -486,19 +541,22 @@ DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -
 def two_step_start(model, step, amplitude=3.0, highest=2.0):
     """Give a UniAD first weights by which its input reaches its output.
 
-    The mask hides a token from its own place, so what is particular to an image must
-    take two steps: a token outside the window stores it, and the decoder fetches it
-    from there. With random weights attention is nearly uniform. The decoder then learns
-    the mean of all images first, and on some products nothing more.
+    This is ours, not the paper's. The mask hides a token t from its own place, so what
+    is particular to an image can reach f_hat at t in two steps alone:
 
-    So each head of the encoder looks `step` tokens away in a direction of its own, and
-    the same head of the decoder looks as far back. Each hands on its share of the
-    channels unchanged. All of this is learned on from here.
+        encoder    token s, outside the window of t, takes the content of t
+        decoder    token t takes the content of s
 
-    Rows and columns y become waves (cos(w y), sin(w y)), with D/4 frequencies w up to
-    `highest`. To move a wave by `step` is to rotate it by the angle w step. W_q does
-    this, so the attention score of two tokens is largest where their offset is `step`.
-    amplitude: that of the waves. Attention is sharp where it is large.
+    With random weights attention is nearly uniform, and neither step is there to begin
+    with. Training then finds the mean of all images, and on some products no more.
+    Here head h of the encoder looks `step` tokens away in direction h, head h of the
+    decoder looks as far in the opposite direction, and both hand on their channels
+    unchanged. Training goes on from these weights, and may change all of them.
+
+    A head finds its place by the positions. Row r becomes waves amplitude cos(w r) and
+    amplitude sin(w r), with D/4 frequencies w up to `highest`; columns likewise. W_q
+    rotates them by the angle w step, which is to move them by `step`. So the attention
+    score is largest where k lies `step` away from q. A large amplitude makes it sharp.
     Raises ValueError for more than 8 heads, or a D that is no multiple of 4 heads.
     """
     grid, half = model.rows.shape                                   # half = D/2
@@ -511,22 +569,29 @@ def two_step_start(model, step, amplitude=3.0, highest=2.0):
     waves = torch.stack([angle.cos(), angle.sin()], -1).flatten(1)  # (g, D/2)
     model.rows.copy_(amplitude * waves)
     model.columns.copy_(amplitude * waves)
+    look_away(model.encoder, step, frequency, heads)
+    look_away(model.decoder, -step, frequency, heads)
 
-    # Each head compares every heads-th frequency, of columns and of rows.
-    identity = torch.eye(2 * half)
-    compared = torch.arange(2 * half).view(2, -1, heads, 2).movedim(2, 0).flatten(1)
-    for layers, sign in ((model.encoder, 1), (model.decoder, -1)):
-        w_q = []
-        for channels, (dy, dx) in zip(compared, DIRECTIONS):
-            move = torch.block_diag(rotation(sign * step * dx * frequency),
-                                    rotation(sign * step * dy * frequency))
-            w_q.append(move[channels])                              # (D/heads, D)
-        for attention in layers.modules():
-            if isinstance(attention, Attention):
-                attention.to_q.weight.copy_(torch.cat(w_q))
-                attention.to_k.weight.copy_(identity[compared.flatten()])
-                attention.to_v.weight.copy_(identity)
-                attention.out.weight.copy_(identity)
+
+def look_away(layers, step, frequency, heads):
+    """Set all attention of some layers: head h looks `step` tokens in direction h."""
+    dim = 4 * len(frequency)
+    identity = torch.eye(dim)
+    # Head h compares the pairs (cos, sin) number h, h + heads, ... of the columns, and
+    # those of the rows.
+    pairs = torch.arange(dim).view(2, -1, heads, 2)         # axis, group, head, cos/sin
+    channels = pairs.movedim(2, 0).flatten(1)                       # (heads, D/heads)
+    w_q = []
+    for own, (dy, dx) in zip(channels, DIRECTIONS):
+        move = torch.block_diag(rotation(dx * step * frequency),
+                                rotation(dy * step * frequency))    # (D, D)
+        w_q.append(move[own])
+    for attention in layers.modules():
+        if isinstance(attention, Attention):
+            attention.to_q.weight.copy_(torch.cat(w_q))
+            attention.to_k.weight.copy_(identity[channels.flatten()])
+            attention.to_v.weight.copy_(identity)
+            attention.out.weight.copy_(identity)
 
 
 def rotation(angles):
@@ -534,26 +599,6 @@ def rotation(angles):
     cos, sin = angles.cos(), angles.sin()
     pairs = torch.stack([cos, -sin, sin, cos], -1).view(-1, 2, 2)
     return torch.block_diag(*pairs)
-
-
-# Parts of the authors' key names, and what stands for them here.
-OFFICIAL_NAMES = (
-    ("module.", ""),
-    ("reconstruction.", ""),
-    ("transformer.", ""),
-    ("layers.", ""),
-    ("pos_embed.row_embed.weight", "rows"),
-    ("pos_embed.col_embed.weight", "columns"),
-    ("decoder.norm", "norm"),
-    ("input_proj", "project_in"),
-    ("output_proj", "project_out"),
-    ("learned_embed.weight", "query"),
-    ("linear1", "mlp.0"),
-    ("linear2", "mlp.3"),
-    ("self_attn", "attention"),
-    ("multihead_attn", "layer_attn"),
-    ("out_proj", "out"),
-)
 
 
 # ---- baselines ----
@@ -580,8 +625,7 @@ class FeatureMLP(nn.Module):
     def distance_to_identity(self):
         """||w - I|| / ||I|| of a model of one layer.
 
-        It is 0 where the layer is the identical shortcut, and about 1 where w has
-        nothing of it.
+        It is 0 where the layer is the identical shortcut, and 1 for w = 0.
         """
         weight = self.layers[0].weight.detach()
         identity = torch.eye(len(weight), device=weight.device)
@@ -650,10 +694,10 @@ class NearestToken(nn.Module):
         tokens = features.flatten(2).mT                             # (B, N, C)
         f_hat = torch.empty_like(tokens)
         for i, tokens_of_image in enumerate(tokens):
-            # The squared distance of tokens t and b is |t|^2 - 2 t b + |b|^2. Where
-            # |b|^2 is set to infinity, b cannot be among the nearest.
+            # The squared distance of tokens t and b is |t|^2 - 2 t b + |b|^2.
             squares = self.bank.square().sum(1)                     # |b|^2, (M,)
             if leave_out is not None:
+                # With |b|^2 = infinity, b cannot be among the nearest.
                 squares[self.image == leave_out[i]] = math.inf
             f_hat[i] = self.mean_of_nearest(tokens_of_image, squares)
         return f_hat.mT.view_as(features)
@@ -686,8 +730,9 @@ def coreset(tokens, count):
     directions = torch.randn(tokens.shape[1], 64, generator=generator)
     points = tokens @ directions.to(device)                         # (M, 64)
 
+    # Begin with the first token. `distance` is each token's squared distance to the
+    # nearest one that is chosen. Each new one can only make it smaller.
     chosen = [0]
-    # The squared distance of each token to the nearest one that is chosen.
     distance = torch.full((len(points),), math.inf, device=device)
     while len(chosen) < count:
         newest = points[chosen[-1]]

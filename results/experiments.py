@@ -1,4 +1,4 @@
-"""Experiments: the runs behind each table of results/README.md, by name.
+"""Experiments: the runs behind each table of the pages in results/, by name.
 
 Each function yields its runs. A run is a dict of keys of train.py's config, and
 `python results/sweep.py` gives it to train.run. All that a number depends on is named

@@ -1,4 +1,4 @@
-"""Tables: the tables and pictures of results/README.md, from the CSV files beside it.
+"""Tables: the tables and pictures of the pages in results/, from its CSV files.
 
     python results/tables.py table1 --rows batch_size,loss --picture table1.png
     python results/tables.py table2 --rows loss,optimizer --best-of lr

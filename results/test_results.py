@@ -1,4 +1,4 @@
-"""What the pages say: the experiments' CSV files, tables and figures, and both READMEs.
+"""What the pages say: the experiments' CSV files, tables, figures, and all pages.
 
     python -m pytest results          from the repository's folder; each table is made anew
 """
@@ -40,8 +40,9 @@ from test_all import call, close, images, make_products, seeded_and_in_an_empty_
 from train import OPTIMIZERS, take_step
 from uniad import Backbone, UniAD
 
-READMES = ("README.md", "results/README.md", "photos/README.md")
-README = "\n".join((RESULTS.parent / name).read_text() for name in READMES)
+PAGES = sorted(RESULTS.glob("*.md"))
+READMES = [RESULTS.parent / "README.md", RESULTS.parent / "photos/README.md"]
+README = "\n".join(path.read_text() for path in (*READMES, *PAGES))
 
 
 # ---- the runs, and the CSV files ----
@@ -331,7 +332,7 @@ def test_a_model_is_once_as_steep_as_itself_and_as_steep_through_lamp_as_under_i
     assert drawn <= train.with_defaults({}).items()         # Fig. 1 draws the default LAMP
 
 
-# ---- the READMEs ----
+# ---- the READMEs and the pages ----
 
 COMMANDS = re.findall(r"(?:^ {4}|`)(?:.*&& )?(python [\w/]+\.py[^`#\n]*)", README, re.M)
 TOP = ("lamp_loss", "autoencoder", "uniad", "data", "evaluate", "train", "landscape")
@@ -379,6 +380,26 @@ def test_the_runs_that_figures_are_drawn_of_are_those_that_the_sweep_makes():
     for word in words:                                      # "$r=False,seed=0"
         path = folders[word[1]] + word[2:]
         assert path.replace("$c", "capsule") in made
+
+
+def anchors_of(text):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"(?m)^#+ (.*)$", text)
+    return [re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for words in headings]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_each_link_of_a_page_leads_to_a_file_and_a_heading(path):
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    for link in links:
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors_of(target.read_text()), link
+    assert path.name == "README.md" or f"]({path.name})" in (RESULTS / "README.md").read_text()
 
 
 def without_overwrite(args):
