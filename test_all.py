@@ -355,7 +355,7 @@ def test_the_backbone_is_frozen_scales_its_images_and_refuses_what_is_not_finite
     scaled = F.interpolate(larger, (32, 32), mode="bilinear", antialias=True)
     assert torch.equal(backbone.extract(larger), backbone.extract(scaled))
     refused("not finite", backbone.extract, x * math.nan)
-    refused("unknown backbone 'vgg': use one of efficientnet_b4", Backbone, "vgg")
+    refused("name must be one of efficientnet_b4", Backbone, "vgg")
     refused("multiple of 16, such as 240", Backbone, "resnet18", "random", 250)
     refused("no.pth are no state dict of resnet18", Backbone, "resnet18", "no.pth", 32)
 

@@ -68,6 +68,11 @@ STAGES = {
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
+def check_word(name, word, words):
+    if word not in words:
+        raise ValueError(f"{name} must be one of {', '.join(words)}, got {word!r}")
+
+
 class Backbone(nn.Module):
     """A frozen CNN: (B, 3 or 1, S, S) in [0, 1] -> standardized features (B, C, g, g).
 
@@ -90,9 +95,7 @@ class Backbone(nn.Module):
     def __init__(self, name="efficientnet_b4", weights="imagenet", size=224,
                  standardize=True, strides=(2, 4, 8, 16), grid_stride=16):
         super().__init__()
-        if name not in STAGES:
-            raise ValueError(f"unknown backbone {name!r}: use one of "
-                             f"{', '.join(STAGES)}")
+        check_word("name", name, STAGES)
         unit = max(16, grid_stride)
         if size % unit:
             raise ValueError(f"image size {size}: features need a multiple of {unit}, "
@@ -393,18 +396,6 @@ OFFICIAL_NAMES = (
 )
 
 
-def check_word(name, word, words):
-    if word not in words:
-        raise ValueError(f"{name} must be one of {', '.join(words)}, got {word!r}")
-
-
-def mask_of(grid, neighbors):
-    """The mask of UniAD's attentions, for a g x g grid. neighbors: 0 for none."""
-    if neighbors:
-        return neighbor_mask(grid, grid, neighbors)
-    return torch.zeros(grid * grid, grid * grid)
-
-
 QUERIES = ("layerwise", "first", "none")
 STARTS = ("random", "two-step")
 
@@ -434,7 +425,9 @@ class UniAD(nn.Module):
         check_word("query", query, QUERIES)
         check_word("start", start, STARTS)
         self.alpha, tokens = jitter, grid * grid
-        mask = mask_of(grid, neighbors)
+        mask = torch.zeros(tokens, tokens)
+        if neighbors:
+            mask = neighbor_mask(grid, grid, neighbors)
         with_query = {"layerwise": layers, "first": 1, "none": 0}[query]
 
         self.rows = nn.Parameter(torch.rand(grid, dim // 2))
