@@ -11,7 +11,11 @@
 The LAMP paper scores an image by "L2 between y and y_hat" (Sec. 3.1), which we read as
 the sum over its pixels. UniAD takes the root of a token's error, scales the map up to
 the image, and scores by the largest mean of 16 x 16 pixels. The standardized score and
-the thresholds are ours. With one category, as in the LAMP paper, read past them.
+the thresholds are ours.
+
+A first reading needs two sections: the metrics, and "from a model to scores". The
+others judge a test set with thresholds, read runs from disk, print, and draw Fig. 4.
+
 Three rules hold for every number:
   - AUROC below .5 stays below .5. (The authors' UniAD code reports .222 as .778.)
   - The last epoch counts, not the one that is best on the test images.
