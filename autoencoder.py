@@ -1,14 +1,14 @@
 """The convolutional autoencoder of the LAMP paper (Park et al. 2023, Sec. 3.1).
 
 It is trained on normal images only, so it should reconstruct nothing else well. There
-are no skip connections. Through them an anomaly could bypass the narrow code.
+are no skip connections. Through them an anomaly could bypass the code.
 
     encoder layer    convolution -> batch normalization -> leaky ReLU
     decoder layer    upsampling -> convolution -> batch normalization -> leaky ReLU
 
 The paper uses six layers on each side, and four for MNIST (`depth`). It also tunes a
-number of patches. `patches` = n cuts the image into n x n patches. Each goes through
-the same network, and the results are put together again.
+number of patches. With `patches` = n an image is cut into n x n patches. Each goes
+through the same network, and the results are put together again.
 
 The paper gives no numbers of filters, and it tunes the kernel size. What we chose:
   - kernels of 3 x 3, with a stride of 2 in the encoder;
@@ -132,7 +132,7 @@ class PCA(nn.Module):
         super().__init__()
         values = channels * size * size
         mean, directions = torch.zeros(values), torch.zeros(components, values)
-        # As parameters they are found, moved and counted like those of other models.
+        # As parameters they are saved, moved and counted like those of other models.
         self.mean = nn.Parameter(mean, requires_grad=False)
         self.components = nn.Parameter(directions, requires_grad=False)
 
@@ -148,7 +148,8 @@ class PCA(nn.Module):
                              f"values each: use at most {most}")
         from sklearn import decomposition                   # for this baseline alone
 
-        # With more images than values, the covariance is smaller than all images.
+        # With more images than values, the covariance (values x values) is the smaller
+        # matrix.
         solver = "covariance_eigh" if len(y) > values else "full"
         y = y.flatten(1).double().cpu().numpy()             # (N, values)
         pca = decomposition.PCA(count, svd_solver=solver).fit(y)

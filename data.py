@@ -32,8 +32,8 @@ from sklearn import datasets as sklearn_datasets
 class Data(NamedTuple):
     """A data set. Normal is 0 and anomalous is 1.
 
-    Each category has one threshold. It is a product, or all the normal classes of a
-    labeled data set together.
+    A category is a product, or all the normal classes of a labeled data set together.
+    Each has one threshold.
     """
     train: torch.Tensor                 # (N, C, H, W) uint8, all normal
     train_classes: list                 # N names; `split` takes a share of each
@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
     prepare: Callable
     images: torch.Tensor = None         # of `train`, to draw, where that holds features
     copies: torch.Tensor = None         # as in Data
-    copy_of: torch.Tensor = None
+    copy_of: torch.Tensor = None        # no image is set aside where there are copies
     copy_in_bank: torch.Tensor = None
 
 
@@ -78,7 +78,7 @@ def load(dataset, normal=None, data_dir="data", image_size=None, validate=False)
     """A data set by its name in DATASETS -> Data.
 
     normal: which classes are normal, "3", "0,1,2" or names. For MVTec AD: which
-        products to learn, "bottle,grid" or "all". None takes the first class, or all.
+        products to learn, "bottle,grid" or "all". None: the first class, all products.
     image_size: the side in pixels. None keeps the images as they are, but MNIST's 28
         pixels are padded to 32. MVTec AD needs a size.
     validate: test on the last sixth of the training split, to choose settings without
@@ -375,9 +375,10 @@ def split(classes, seed, fpr=0.05):
     """Which of the normals to train on, and which to set aside for the threshold.
 
     classes: N names -> two tensors of indices, sorted. fpr: the share of false alarms
-    (the false positive rate) that the threshold shall allow. 0.05 needs 19 images. A
-    third of a class is set aside, or as many as `fpr` needs if these are fewer, but at
-    least a tenth. Of two images, one is. The seed draws them. None sets none aside.
+    (the false positive rate) that the threshold shall allow. 0.05 needs 19 images. Of
+    each class as many are set aside as `fpr` needs, but no more than a third. A tenth
+    is the least, and one image, if there are two. The seed draws them. fpr=None sets
+    none aside.
     """
     if fpr is None:
         return torch.arange(len(classes)), torch.arange(0)
@@ -489,8 +490,8 @@ def with_progress(items, what, total):
         now = time.monotonic()
         if done and now - printed > 5:
             printed = now
-            left = (now - started) * (len(items) / done - 1)
-            left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+            seconds = (now - started) * (len(items) / done - 1)
+            left = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
             count = total * done // len(items)
             print(f"{what}: {count:,} of {total:,}, {left} left", flush=True)
         yield item

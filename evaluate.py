@@ -13,8 +13,9 @@ the sum over its pixels. UniAD takes the root of a token's error, scales the map
 the image, and scores by the largest mean of 16 x 16 pixels. The standardized score and
 the thresholds are ours.
 
-A first reading needs two sections: the metrics, and "from a model to scores". The
-others judge a test set with thresholds, read runs from disk, print, and draw Fig. 4.
+A first reading needs two sections: the metrics, and "from a model to scores". (It may
+skip `aupro` and `left_out_scores`.) The others judge a test set with thresholds, read
+runs from disk, print, and draw Fig. 4.
 
 Three rules hold for every number:
   - AUROC below .5 stays below .5. (The authors' UniAD code reports .222 as .778.)
@@ -43,8 +44,8 @@ from uniad import Backbone, FeatureCNN, FeatureMLP, NearestToken, UniAD
 VERSION = 5                             # of model.pt: raise it when its contents change
 SOLVED = ("pca", "nearest")             # models that are solved, not trained by a loss
 SCORES = ("sum", "mean", "max", "standardized")     # what a config's "score" may be
-# Errors of images are blurred by so many standard deviations to an image's side. The
-# score needs the place of a small defect. A picture is looked at, and may be smoother.
+# Errors of images are blurred by a Gaussian. Its standard deviation is a 64th of an
+# image's side for the score, which needs small defects, and a 32nd for pictures.
 SCORE_BLUR, PICTURE_BLUR = 64, 32
 METRICS = {"image_auroc": "image AUROC", "image_ap": "image AP",
            "pixel_auroc": "pixel AUROC", "pixel_aupro": "pixel AUPRO"}
@@ -122,7 +123,7 @@ def threshold(scores, fpr=0.05):
 
 
 def threshold_rank(n, fpr):
-    """Which of n scores, counted from the smallest, is the threshold: from 1 to n."""
+    """The rank of the score that is the threshold, of n: 1 is the smallest."""
     rank = math.ceil(round((n + 1) * (1 - fpr), 9))         # 1 - 0.05 is not exact
     return min(rank, n)
 
@@ -202,9 +203,9 @@ def standardize(errors, statistics):
 def image_scores(maps, how="sum"):
     """One score for each image: (N, H, W) -> (N,).
 
-    how: "sum" is the LAMP paper's score. "mean" ranks images alike. "max" is UniAD's,
-    the largest average over 16 x 16 pixels, which it takes of maps of 224 pixels. "top"
-    is the mean of the largest 2.5 % of the values. Raises ValueError for another word.
+    how: "sum" is the LAMP paper's score. "mean" gives the same ranking. "max" is the
+    score of UniAD, the largest average over 16 x 16 pixels of a map of 224. "top" is
+    the mean of the largest 2.5 % of the values. Raises ValueError for another word.
     """
     values = maps.flatten(1)
     if how == "sum":
@@ -215,7 +216,7 @@ def image_scores(maps, how="sum"):
         side = min(16, maps.shape[-1])
         return F.avg_pool2d(maps[:, None], side, stride=1).flatten(1).amax(1)
     if how != "top":
-        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {how!r}")
+        raise ValueError(f"score must be sum, mean, max or top, got {how!r}")
     count = max(1, round(0.025 * values.shape[1]))
     return values.topk(count).values.mean(1)
 
@@ -233,7 +234,7 @@ def left_out_scores(errors, numbers=None):
     images = numbers.unique()
     if len(images) < 3:
         return image_scores(standardize(errors, place_statistics(errors)), "top")
-    # The others' mean and variance are those of all without the image's own part.
+    # The sums over the others are those over all, less those over the image's own.
     errors = errors.double()
     total, squares = errors.sum(0), errors.square().sum(0)
     scores = torch.empty(len(errors))
@@ -382,13 +383,18 @@ def calibrate(model, c, inputs, size):
     return calibration._replace(color_limit=2 * highest if highest > 0 else 1.0)
 
 
+def images_needed(fpr):
+    """How many normal images can promise a share fpr of false alarms, see `split`."""
+    return math.ceil(round(1 / fpr, 9)) - 1                 # 1 / (1/49) is not 49
+
+
 def set_by(name, calibration, how, fpr):
     """Which categories' scores set the threshold of a category: a list of names.
 
     Standardized scores of all categories have one unit. So where a category has too few
     images of its own for `fpr`, those of all categories serve.
     """
-    if how == "standardized" and calibration.images[name] < 1 / fpr - 1:
+    if how == "standardized" and calibration.images[name] < images_needed(fpr):
         return list(calibration.scores)
     return [name]
 
@@ -411,7 +417,8 @@ def judge(model, c, data, inputs):
 
     Each image's score is that of its category. Two more image AUROCs stand beside it:
     `auroc_not_given` takes each image's lowest score over all categories, as if its
-    category were not known; `auroc_paper` takes the papers' own score.
+    category were not known; `auroc_paper` takes the papers' own score. (Not of
+    CIFAR-10: UniAD scores its maps after enlarging them to 224 pixels.)
     """
     calibration = calibrate(model, c, inputs, data.test.shape[-1])
 
@@ -452,10 +459,12 @@ def metrics_of(judged, data, calibration, c):
         mine = is_of(data.categories, name)
         scores, labels = judged.scores[mine], data.labels[mine]
         images = threshold_images(name, calibration, c["score"], c["fpr"])
+        pooled = len(set_by(name, calibration, c["score"], c["fpr"])) > 1
         m = {"image_auroc": auroc(scores, labels),
              "image_ap": average_precision(scores, labels),
              "pixel_auroc": None, "pixel_aupro": None,
-             "threshold": limit, "threshold_images": images, "fpr": None, "tpr": None,
+             "threshold": limit, "threshold_images": images, "threshold_pooled": pooled,
+             "fpr": None, "tpr": None,
              "normals": int((labels == 0).sum()), "anomalies": int((labels == 1).sum())}
         if data.masks is not None:
             usable = data.masks[mine].flatten(1).any(1) | (labels == 0)
@@ -471,8 +480,10 @@ def metrics_of(judged, data, calibration, c):
     mean = {}
     for key in (*METRICS, "fpr", "tpr"):
         mean[key] = mean_of([m[key] for m in categories.values() if m[key] is not None])
-    alone = len(categories) == 1
-    mean["threshold"] = categories[name]["threshold"] if alone else None
+    mean["threshold"] = None
+    if len(categories) == 1:
+        only, = categories.values()
+        mean["threshold"] = only["threshold"]
     return {**mean, "categories": categories}
 
 
@@ -537,7 +548,7 @@ def open_data(c, device="cpu", state=None, data=None):
         raise ValueError("this run learned photos: python photos/judge.py judges more "
                          "of them, python photos/learn.py learns them again")
     if data is None:
-        # MNIST and CIFAR-10 stay as small as they are. The Backbone enlarges them.
+        # MNIST and CIFAR-10 stay small. The Backbone enlarges them.
         scaled = c["dataset"] == "mvtec" or not sees_features(c)
         data = load(c["dataset"], c["normal"], c["data_dir"],
                     c["image_size"] if scaled else None, c["validate"])
@@ -606,10 +617,14 @@ def report(metrics, fpr):
     """Metrics as lines to print, the one number that counts last."""
     rows = metrics["categories"]
     shown = {**rows, "mean": metrics} if len(rows) > 1 else rows
-    lines = [" " * 20 + "".join(f"{title:>13}" for title in METRICS.values())]
-    for name, row in shown.items():
-        numbers = "".join(f"{number(row[key]):>13}" for key in METRICS)
-        lines.append(f"{printable(name)[:19]:<20}{numbers}")
+    keys = [key for key in METRICS
+            if any(row[key] is not None for row in rows.values())]
+    lines = []
+    if keys:                                    # there are test images of both kinds
+        lines.append(" " * 20 + "".join(f"{METRICS[key]:>13}" for key in keys))
+        for name, row in shown.items():
+            numbers = "".join(f"{number(row[key]):>13}" for key in keys)
+            lines.append(f"{printable(name)[:19]:<20}{numbers}")
     for name, row in rows.items():
         lines += about_threshold(name, row, fpr)
     if metrics["image_auroc"] is not None:
@@ -622,7 +637,7 @@ def about_threshold(name, row, fpr):
     """Lines about one category: what its threshold promises, and what was seen."""
     name = printable(name)
     lines = [f"threshold of {name}: {number(row['threshold'])}. "
-             f"{promise(row['threshold_images'], fpr)}"]
+             f"{promise(row['threshold_images'], fpr, row['threshold_pooled'])}"]
     normals, anomalies = row["normals"], row["anomalies"]
     if row["threshold"] is None or normals + anomalies == 0:
         return lines
@@ -652,12 +667,16 @@ def more_than_promised(false_alarms, normals, row, fpr):
     return chance < 0.01
 
 
-def promise(images, fpr):
-    """What a threshold set by so many normal images promises, as a sentence."""
-    needed = math.ceil(round(1 / fpr, 9)) - 1
+def promise(images, fpr, pooled=False):
+    """What a threshold set by so many normal images promises, as a sentence.
+
+    pooled: whether they are of all categories. Then so is the promise.
+    """
+    needed = images_needed(fpr)
     if images >= needed:
-        return (f"About {fpr:.3g} of new normal images exceed it (promised from "
-                f"{images} normal images).")
+        of_all = " of all categories together" if pooled else ""
+        return (f"About {fpr:.3g} of new normal images{of_all} exceed it, on average "
+                f"over draws of the {images} normal images that set it.")
     most = 1 / (images + 1)
     return (f"It was set by too few normal images to promise {fpr:.3g}: by {images}, "
             f"where at least {needed} are needed. Up to {most:.2g} of new ones may "

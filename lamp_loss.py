@@ -8,19 +8,18 @@ with a steeper loss:
     Eq. 1    LAMP   = sum of -log(1 - L')           amplify it, element by element
 
 They are computed in this order. An element is one value (h, w, c) of an image. The
-slope of -log(1 - L') is 1 where L' = 0, and 1/eps where L' = 1 - eps, its largest
-value. So the worst elements of an image dominate the training step. The paper argues
-that a steeper loss makes a sharper loss landscape, in which a network generalizes less
-(landscape.py).
+slope 1 / (1 - L') rises from 1, where L' = 0, to 1/eps, where L' is largest. So the
+worst elements of an image dominate the training step. The paper argues that a steeper
+loss makes a sharper loss landscape, in which a network generalizes less (landscape.py).
 
     criterion = ReconstructionLoss("l2", lamp=True)
-    loss = criterion(y_hat, y)      # two tensors (B, C, H, W) with values in [0, 1]
+    loss = criterion(y_hat, y)      # two tensors (B, C, H, W); for SSIM in [0, 1]
 
 The paper leaves three choices open. They are arguments of `scale`: the value of eps,
 what the maximum is taken over, and whether the gradient flows through that maximum.
 The defaults were chosen on training images (results/mnist.md, "Which LAMP?").
-The L of Eq. 1 has no indices. We take it as the error of one element, as the authors'
-poster does, and average over a batch.
+Eq. 1 sums over h, w and c, but its L carries no indices. We take it as the error of one
+element, as the authors' poster does, and average over a batch.
 
 Run this file to draw the paper's Fig. 2:  python lamp_loss.py
 """
@@ -132,7 +131,7 @@ def scale(error, eps=0.03, over="image", detach=True):
         counts equally. "batch" divides all of them by the largest error of the batch,
         so that badly reconstructed images count more.
     detach: if True, no gradient flows through the maximum. If False, one does, and a
-        step also makes the largest error larger.
+        step also pushes the largest error up, which lowers all other L'.
     Raises ValueError for another `over`, and for an eps that is not below 1, or so
     small that the dtype rounds 1 - eps to 1. The logarithm would be infinite there.
     """
@@ -143,8 +142,8 @@ def scale(error, eps=0.03, over="image", detach=True):
     maximum = largest(error, over)
     if detach:
         maximum = maximum.detach()
-    # An image without any error would give 0/0. With this bound it gives 0. A smaller
-    # bound would let the gradient, which divides by it, overflow.
+    # An image without any error would give 0/0. With this bound it gives 0. It is not
+    # smaller, since the gradient divides by it and must not overflow.
     maximum = maximum.clamp(min=max(precision.tiny, 1e-30))
     return error / maximum * (1 - eps)
 
@@ -187,7 +186,7 @@ class ReconstructionLoss(nn.Module):
         # In float16 the sum over an image could overflow.
         error = at_least_float32(error)
         self.base_error = error.detach().sum() / len(y)
-        if self.amplified:
+        if self.amplified:                                  # by the function above
             error = lamp(error, self.eps, self.over, self.detach)
         return error.sum() / len(y)
 
@@ -228,7 +227,7 @@ def figure_2(path, eps=0.1):
     for name in ("L1", "L1-LAMP", "L2", "L2-LAMP"):
         names += [name, "slope"]
     print("".join(f"{name:>9}" for name in names))
-    # The curves are symmetric, so the rows begin at an error of 0.
+    # Losses are even in the error and slopes odd, so the rows begin at an error of 0.
     for i in range(200, 401, 25):
         print("".join(f"{column[i]:9.3f}" for column in columns))
     figure.supxlabel(f"python lamp_loss.py --eps {eps}", fontsize=8)

@@ -5,8 +5,8 @@ of a trained model, along two random directions d and e, the loss
 
     f(a, b) = loss(w + a d + b e)
 
-is steeper with LAMP. Each filter of a direction gets the norm that this filter has in w
-(filter normalization), so that models of different scale can be compared.
+should be steeper with LAMP. Each filter of a direction gets the norm that this filter
+has in w (filter normalization), so that models of different scale can be compared.
 
     python landscape.py               a linear model's surface beside its closed form
     python landscape.py RUN RUN...    runs of train.py, side by side
@@ -125,8 +125,7 @@ def surface(loss_at, xs, ys, path=None):
                 if path:
                     write_surface(path, z, xs, ys)
     finally:
-        # After an interruption, too: put the weights back (the loss there is not needed
-        # again), and keep the points.
+        # Always put the weights back, by computing the loss there, and keep the points.
         if len(todo):
             loss_at(0.0, 0.0)
         if path:
@@ -192,11 +191,12 @@ def model_surface(model, criterion, x, y, xs, seed=0, path=None):
         return float(criterion.observe(model(x), y))
 
     model.eval()
-    # Two directions for each seed, none of them for two seeds.
+    # Seeds 2 s and 2 s + 1, so that no two settings share a direction.
     d = random_direction(model.parameters(), 2 * seed)
     e = random_direction(model.parameters(), 2 * seed + 1)
 
-    # A maximum that is held must have seen all points first.
+    # A maximum that is held must have seen all points first. This surface of maxima is
+    # computed for that, and to print its center.
     if isinstance(criterion, HeldLamp):
         maxima = surface(loss_at_weights(model, largest_error, d, e), xs, xs)
         center = maxima[len(xs) // 2, len(xs) // 2]
@@ -259,7 +259,7 @@ def draw(path, panels, settings, what, rows=1, solid=True):
     xs = settings.xs
     low, high = color_range(panels)
     columns = len(panels) // rows
-    rows = 2 if solid else rows
+    rows = 2 if solid else rows                     # solids, and contours below them
     figure = Figure((4.2 * columns + 0.8, 4.0 * rows), layout="constrained")
     for number, (title, z) in enumerate(panels, 1):
         first = figure.add_subplot(rows, columns, number, title=title,
@@ -294,7 +294,7 @@ def criterion_of(loss, lamp, eps, over, detach, maximum):
     """The loss that is drawn. maximum: "held" or "moving", see `Settings`.
 
     A run with detach=False was trained through the maximum, so for it the maximum moves
-    in the picture, too.
+    in the picture, too. Otherwise `detach` changes gradients, and none are taken here.
     """
     if lamp and detach and maximum == "held":
         return HeldLamp(loss, eps, over)
@@ -518,8 +518,8 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError) as error:
         parser.exit(2, f"landscape.py: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted: the same command goes on with the surface of "
-                         "a run where this one stopped\n")
+        parser.exit(130, "\ninterrupted: the same command goes on with the surfaces of "
+                         "runs where this one stopped (--figure 3 begins anew)\n")
     raise SystemExit(0)
 
 

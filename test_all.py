@@ -953,7 +953,7 @@ def test_with_fewer_than_three_images_none_is_left_out():
 
 
 def test_a_score_that_is_not_there_is_refused():
-    refused("score must be one of sum, mean, max", ev.image_scores,
+    refused("score must be sum, mean, max or top", ev.image_scores,
             torch.rand(2, 8, 8), "summ")
 
 
@@ -987,7 +987,8 @@ def test_metrics_are_of_each_category_and_leave_out_anomalies_without_a_mask():
 def category_row(**changed):
     """Metrics of one category, as in run.json, of ten normals and ten anomalies."""
     row = dict(image_auroc=0.9, image_ap=0.9, pixel_auroc=None, pixel_aupro=None,
-               threshold=1.0, threshold_images=19, fpr=0.1, tpr=0.5,
+               threshold=1.0, threshold_images=19, threshold_pooled=False, fpr=0.1,
+               tpr=0.5,
                normals=10, anomalies=10)
     return row | changed
 
@@ -1009,13 +1010,14 @@ def test_chance_alone_warns_of_false_alarms_in_less_than_a_case_of_a_hundred(
 def test_a_reader_is_told_what_a_threshold_promises_and_what_was_seen():
     text = "\n".join(ev.about_threshold("nut", category_row(), 0.05))
     assert "threshold of nut: 1.0000. About 0.05 of new normal images exceed it" in text
-    assert "promised from 19 normal images" in text
+    assert "on average over draws of the 19 normal images that set it" in text
     assert "1 of 10 normal ones and 5 of 10 anomalous ones exceed it" in text
     assert "WARNING" not in text                                 # 1 of 10 may be chance
     few = "\n".join(ev.about_threshold("nut", category_row(threshold_images=6), 0.05))
     assert "too few normal images to promise 0.05: by 6" in few
     assert "at least 19 are needed. Up to 0.14 of new ones" in few  # 1 / 7
     assert "About 0.005 of new" in ev.promise(1000, 0.005)
+    assert "of all categories together" in ev.promise(1000, 0.005, pooled=True)
     nothing = category_row(threshold=None, threshold_images=0, fpr=None, tpr=None)
     assert len(ev.about_threshold("nut", nothing, 0.05)) == 1
     no_test = category_row(normals=0, anomalies=0, fpr=None, tpr=None, image_auroc=None)
@@ -1393,6 +1395,8 @@ def test_overwrite_replaces_a_damaged_run_as_well():
 
 def test_a_training_that_fails_at_once_replaces_no_run():
     train.run(DIGITS)
+    for wrong in ("--image-size 50", "--over pixel", "--lamp --eps 0", "--patches 3"):
+        call(train.main, f"{wrong} --out run --overwrite", 2)
     call(train.main, "--dataset mvtec --data-dir nowhere --out run --overwrite", 2)
     assert "image AUROC" in call(ev.main, "run")
 
@@ -1618,7 +1622,7 @@ WRONG = {
         ("--epochs -1", "--epochs -1: expected a number above 0"),
         ("--lr nan", "--lr nan: expected a number"),
         ("--lr 9e18", "the loss is nan at epoch 1, step 2"),
-        ("--eps 0 --lamp", "eps must be below 1"),
+        ("--eps 0 --lamp", "--eps 0.0: expected a number above 0 and below 1"),
         ("--over pixel", "invalid choice"),
         ("--patches 3", "3x3 patches and 4 layers"),
         ("--kernel-size 4", "kernel_size must be odd"),

@@ -63,8 +63,11 @@ def print_epoch(history, epochs):
     is_tenth = now["epoch"] % max(1, epochs // 10) == 0
     stays = auroc is not None or is_tenth or now["epoch"] == epochs
     if stays or sys.stdout.isatty():
-        print(f"epoch {now['epoch']:>4}/{epochs}   loss {now['loss']:.5f}   "
-              f"base error {now['base_error']:.5f}{judged}   {left:.0f} s left   ",
+        base = ""
+        if now["base_error"] != now["loss"]:                # amplified
+            base = f"   base error {now['base_error']:.5f}"
+        print(f"epoch {now['epoch']:>4}/{epochs}   loss {now['loss']:.5f}{base}{judged}"
+              f"   {left:.0f} s left   ",
               end="\n" if stays else "\r", flush=True)
 
 
@@ -76,12 +79,12 @@ def fit(model, stored, criterion, targets=None, *, epochs=10, batch_size=32, lr=
     stored: (N, C, H, W), the inputs. prepare: turns them into what the model sees.
     targets: (N, ...), or None for the inputs themselves.
     criterion(x_hat, x): a scalar, summed over an image (Eq. 1 of LAMP) and averaged
-        over the batch. It is divided by an image's number of values, so that one
-        learning rate fits all image sizes.
+        over the batch. It is divided by the number of values of an image, or of a
+        target, so that one learning rate fits all sizes.
     clip: the gradient's largest norm, 0 for any. amp: multiply in bfloat16.
     after_epoch(history, state): may add to the last entry of the history, which has a
-        dict for each epoch. It may save the state, beside the model's weights, to
-        `resume` from it.
+        dict for each epoch. It may save the state, beside the model's weights. Given
+        as `resume`, the state continues its training.
     Raises FloatingPointError where the loss is not finite.
     """
     device = next(model.parameters()).device
@@ -95,7 +98,7 @@ def fit(model, stored, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         model.train()
         for step, index in enumerate(batches):
             # Take a batch as the model sees it. Several processes share its images.
-            mine, weight = share_of(index)
+            mine, weight = share_of(index)                  # one process: all, and 1
             x = prepare(stored[mine].to(device))
             x = x.contiguous(memory_format=torch.channels_last)
             target = x if targets is None else targets[mine].to(device)
@@ -216,7 +219,7 @@ class Muon(torch.optim.AdamW):
 
     This moves the weights W of linear layers and of convolutions, which are taken as
     matrices (out, in k k). G is the gradient. All other parameters (queries, positions,
-    norms, biases, and the maps named "project" into and out of the layers) take Adam's
+    norms, biases, and the linear maps project_in and project_out) take Adam's
     step at lr / 20, without weight decay. AdamW's own `step` passes over parameters
     without a gradient. So `move_matrices` removes the gradients of those it moves.
 
@@ -398,7 +401,8 @@ def restore(state, optim, generator):
     """
     optim.load_state_dict(state["optimizer"])
     generator.set_state(state["order"])
-    torch.set_rng_state(state["rng"])                       # for dropout and jitter
+    if is_first_process():                                  # others go on apart
+        torch.set_rng_state(state["rng"])                   # for dropout and jitter
     return list(state["history"])
 
 
@@ -512,12 +516,12 @@ DEFAULTS = {                            # a model has only the keys that mean so
         bank_images=800,                # at most so many images
         coreset=1.0),                   # the share of their tokens that is kept
 }
-PRODUCTS = ("mvtec", "photos")          # there, these defaults instead
+PRODUCTS = ("mvtec", "photos")          # data sets with these defaults instead
 ON_PRODUCTS = {
     "ae": dict(image_size=64, depth=5, latent=16, batch_size=8),
     "pca": dict(image_size=64),
 }
-OF_A_RUN = ("out", "white")             # without a default; white: photos/images.py
+OF_A_RUN = ("out", "white")             # any config may have them; white: for photos/
 
 
 def with_defaults(given):
@@ -530,13 +534,13 @@ def with_defaults(given):
     model, dataset = given.get("model", "ae"), given.get("dataset", "digits")
     if model not in DEFAULTS:
         raise ValueError(f"unknown model {model!r}: use one of {', '.join(DEFAULTS)}")
-    sees_features = given.get("backbone", "none") != "none"
+    asks_for_features = given.get("backbone", "none") != "none"
     c = {"model": model, **DEFAULTS[model]}
-    if sees_features:
+    if asks_for_features:
         c |= FEATURES                                       # PCA, too, can see features
     if dataset in PRODUCTS:
         c |= {"normal": "all", "score": "standardized"}
-        if not sees_features:
+        if not asks_for_features:
             c |= ON_PRODUCTS.get(model, {})
     # The two-step start is for a model with a mask, and a learned query in each layer.
     masked = given.get("neighbors", 7) > 0
@@ -573,11 +577,11 @@ def flag(key):
 
 
 ABOVE_ZERO = ("image_size", "depth", "patches", "epochs", "batch_size", "lr", "width",
-              "fpr", "latent", "bank_images", "coreset")
-BELOW_ONE = ("fpr", "dropout")
+              "fpr", "latent", "bank_images", "coreset", "eps")
+BELOW_ONE = ("fpr", "dropout", "eps")
 WORDS = {                               # what keys that are words may be
-    "loss": BASE_LOSSES, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
-    "score": ev.SCORES, "query": QUERIES, "start": STARTS}
+    "loss": BASE_LOSSES, "over": ("image", "batch"), "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES, "score": ev.SCORES, "query": QUERIES, "start": STARTS}
 
 
 def check(c):
@@ -692,7 +696,7 @@ def check_batch_norm(c, images):
         return
     side = c["image_size"] // 2 ** c["depth"]               # of the code
     last = images % c["batch_size"] or c["batch_size"]      # images in the last batch
-    if side == 1 and min(last, c["batch_size"]) == 1:
+    if side == 1 and last == 1:
         raise ValueError(
             f"--batch-size {c['batch_size']}: of {images} images, one batch has a "
             "single one. With a code of 1x1, batch normalization then has one value "
@@ -714,6 +718,8 @@ def first_model(c, inputs, device, state):
     model = ev.build_model(c, shape_of(inputs), bank_tokens).to(device)
     if state:
         model.load_state_dict(state["model"])
+    elif c["model"] == "ae":
+        model.check_size(*shape_of(inputs)[1:])     # before a run is replaced
     elif c["model"] == "pca":
         model.solve(inputs.prepare(inputs.train.to(device)))
     return model
@@ -735,7 +741,7 @@ def nearest_model(c, inputs, device):
         features = torch.cat([features, inputs.copies[kept]])
         numbers = torch.cat([numbers, inputs.copy_of[kept]])
     # Copies compete with the images for a bank as large as without them.
-    kept_tokens = max(1, round(c["coreset"] * tokens))
+    kept_tokens = min(tokens, max(1, round(c["coreset"] * tokens)))
     model = ev.build_model(c, shape_of(inputs), kept_tokens).to(device)
     model.solve(inputs.prepare(features.to(device)), numbers, candidates=tokens)
     return model
@@ -857,14 +863,15 @@ def print_start(c, data, inputs):
 
 
 def print_end(record):
-    """Print where the run lies, what may come next, and the metrics."""
-    c = record["config"]
-    print(f"\n{len(record['history'])} epochs, {record['seconds']:.0f} s. "
-          f"The run is in {shlex.quote(c['out'])}"
-          f"{'; look at its examples.png.' if c['pictures'] else '.'}")
+    """Print the metrics, where the run and its picture lie, and what to try next."""
+    c, out = record["config"], shlex.quote(record["config"]["out"])
+    print(f"\n{ev.report(record['metrics'], c['fpr'])}")
+    epochs = f"{len(record['history'])} epochs, " if record["history"] else ""
+    picture = f"; look at {out}/examples.png" if c["pictures"] else ""
+    print(f"{epochs}{record['seconds']:.0f} s. The run is in {out}{picture}.")
     if "lamp" in c and not c["lamp"]:
-        print("Next: amplify the loss (--lamp), or learn another class (--normal).")
-    print(ev.report(record["metrics"], c["fpr"]))
+        print("Next: amplify the loss (--lamp), learn another class (--normal), or "
+              f"judge again: python evaluate.py {out}")
 
 
 # ---- the command line ----

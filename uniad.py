@@ -10,7 +10,7 @@ attention, the layer-wise query decoder, and feature jittering. FeatureMLP and
 FeatureCNN at the end of this file have none of them.
 
     image -> Backbone -> f -> jitter -> linear map -> encoder -> m
-    q_l, m, output of layer l - 1 -> decoder layer l
+    q_l, m, output of layer l - 1 -> decoder layer l            (layer 1 gets m twice)
     last decoder layer -> linear map -> f_hat
 
     encoder       neighbor-masked (NME)
@@ -25,14 +25,17 @@ FeatureCNN at the end of this file have none of them.
     position  (N, D)      learned: half of D for the column, half for the row
     alpha     -           the scale of the feature jitter, 20 in the paper
 
+A first reading needs `jitter` to `UniAD.forward`. `Backbone` comes before them.
+`from_official`, `two_step_start` and the baselines can wait.
+
 Differences from the authors' code (github.com/zhiyuanyou/UniAD):
   1. We take torchvision's EfficientNet-B4: another training run, symmetric padding, and
      an epsilon of 1e-5 in batch normalization.
   2. Features are standardized channel by channel, so that far fewer epochs are enough.
      Backbone(standardize=False) leaves them as they are.
   3. There is no dropout on the attention weights, because drawing it is slow on a CPU.
-     After 8 epochs, with one seed, image AUROC was .995 with it and .995 without it on
-     bottle, .825 with it and .813 without it on transistor.
+     With and without it, image AUROC after 8 epochs was .995 and .995 on bottle, .825
+     and .813 on transistor (1 seed).
   4. The neighbor mask is made once, and attention is PyTorch's fused function. The
      output equals theirs to 1e-6 (test_all.py).
   5. On CIFAR-10 we judge all 10,000 test images, not a random part that changes with
@@ -40,10 +43,11 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD):
   6. Features are rounded to float16, so that cached and computed ones agree.
   7. train.py's defaults take minutes instead of days: the optimizer Muon, no dropout,
      and jitter 5. Since ||f||^2 is about C, a scale of 20 would add noise of variance
-     400/C = 1.5 to features of variance 1. The error of a trained model has a variance
-     of only 0.2.
-  8. train.py starts from the weights of `two_step_start`, not from random ones.
-     UniAD(start="random"), the default of the class, starts as the authors do.
+     400/C = 1.5 to each value. A feature's variance is 1, and that of a trained model's
+     error is only 0.2.
+  8. train.py starts from the weights of `two_step_start`. UniAD(start="random"), the
+     default of the class, draws them as the authors do, but anew for each layer: they
+     copy the first layer's q, k, v and query.
 """
 import math
 
@@ -57,7 +61,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 # ---- features: a frozen CNN ----
 
 # The stages of each network, {stride: name of the layer}, whose outputs are features.
-# The paper takes all four strides.
+# On MVTec AD the paper takes all four strides. (On CIFAR-10 its code takes a fifth.)
 STAGES = {
     "efficientnet_b4": {2: "features.1", 4: "features.2",
                         8: "features.3", 16: "features.5"},
@@ -106,7 +110,7 @@ class Backbone(nn.Module):
                              f"{', '.join(map(str, STAGES[name]))}")
         self.name, self.size, self.grid = name, size, size // grid_stride
         self.strides = tuple(strides)
-        # Without standardizing, a mean of 0 and a std of 1 are the right statistics.
+        # Without standardizing, a mean of 0 and a std of 1 need no fitting.
         self.fitted = not standardize
 
         # Random weights are always the same. The caller's random state is left alone.
@@ -483,14 +487,16 @@ class UniAD(nn.Module):
         """The model with the authors' weights, given under their own key names.
 
         Sizes are read off the tensors. "module.reconstruction." may stand before each
-        key. Raises ValueError where the tensors are another model's.
+        key. Raises ValueError where the tensors are another model's, and KeyError or
+        RuntimeError where some are missing or do not fit.
         """
         state = {}
         for key, tensor in state_dict.items():
             for theirs, ours in OFFICIAL_NAMES:
                 key = key.replace(theirs, ours)
             # In the decoder, the authors' self_attn attends to the memory, and their
-            # multihead_attn to the layer before.
+            # multihead_attn to the layer before. So decoder.0.self_attn has become
+            # decoder.0.attention, and becomes decoder.0.memory_attention.
             if key.startswith("decoder"):
                 key = key.replace("attention", "memory_attention")
                 key = key.replace("layer_attn", "layer_attention")
@@ -537,7 +543,7 @@ def two_step_start(model, step, amplitude=3.0, highest=2.0):
     This is ours, not the paper's. The mask hides a token t from its own place, so what
     is particular to an image can reach f_hat at t in two steps alone:
 
-        encoder    token s, outside the window of t, takes the content of t
+        encoder    token s = t - step * direction takes the content of t
         decoder    token t takes the content of s
 
     With random weights attention is nearly uniform, and neither step is there to begin
@@ -698,6 +704,9 @@ class NearestToken(nn.Module):
     def mean_of_nearest(self, tokens, squares):
         """Tokens (N, C) and |b|^2 of the bank (M,) -> means of the nearest (N, C)."""
         count = min(3, int(squares.isfinite().sum()))
+        if count == 0:
+            raise ValueError("the bank holds the tokens of one image alone, so it "
+                             "cannot be left out: use more images")
         # A block of 2^25 distances takes 128 MB.
         at_once = max(1, 2 ** 25 // len(self.bank))
         nearest = []

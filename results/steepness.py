@@ -1,6 +1,7 @@
 """Steepness: how much steeper LAMP's loss landscape is than L2's, in three senses.
 
     python results/steepness.py          # rows of results/steepness.csv, about an hour
+    python results/steepness.py --near   # rows of results/near.csv, about ten minutes
 
 Two networks (the autoencoder of Fig. 1, the encoder of Fig. 3), three batch sizes,
 three seeds. Each is compared with the L2 model under L2, by the mean over four pairs of
@@ -8,6 +9,12 @@ random directions:
     a    the L2 model, seen through LAMP
     b    the LAMP model under LAMP, as the paper draws it
     c    the LAMP model under L2, so that both are seen under one loss
+
+`--near` compares (b) and (c) nearer to the trained weights, for the autoencoder of
+Fig. 1. LAMP's maximum in Eq. 2 is then one of three:
+    figure    held at the largest error in the whole figure, up to a step of 1
+    own       held at the largest error up to this step alone
+    moving    each point's own, which is the loss that training descends
 
 A row is appended as soon as it is measured, and what is there is not measured again.
 """
@@ -81,6 +88,71 @@ def measure_steepness(network, batch_size, seed, settings):
     return lines
 
 
+# ---- nearer to the trained weights ----
+
+SPANS = (1.0, 0.3, 0.1)
+
+
+def near_surfaces(model, maximum, x, seed, grid=11):
+    """The surfaces of a model at all SPANS, in one pair of directions -> {span: z}.
+
+    maximum: "figure", "own" or "moving" of LAMP, or None for L2.
+    """
+    surfaces, criterion = {}, None
+    for span in SPANS:                              # the widest first
+        # A maximum that is held only grows, so one criterion keeps the figure's.
+        if criterion is None or maximum != "figure":
+            held = "moving" if maximum == "moving" else "held"
+            reading = READINGS["autoencoder"]
+            criterion = criterion_of("l2", maximum is not None, **reading, maximum=held)
+        xs = steps(span, grid)
+        surfaces[span] = model_surface(model, criterion, x, x, xs, seed)
+    return surfaces
+
+
+def measure_near(seed, settings, batch_size=32):
+    """Lines of near.csv for one training seed: how many times L2's gradient is LAMP's.
+
+    Gradients are means over four pairs of directions.
+    """
+    plain, amplified, x, _ = trained_pair("autoencoder", batch_size, seed, settings)
+
+    def gradients(model, maximum):
+        found = {span: [] for span in SPANS}
+        for pair in range(4):
+            surfaces = near_surfaces(model, maximum, x, 10 * seed + pair)
+            for span, z in surfaces.items():
+                xs = steps(span, len(z))
+                found[span].append(steepness(z, xs, xs)["gradient"])
+        return {span: np.mean(values) for span, values in found.items()}
+
+    base, lines = gradients(plain, None), ""
+    for compared, maximum in (("b", "figure"), ("b", "own"), ("b", "moving"),
+                              ("c", None)):
+        of_lamp = gradients(amplified, maximum)
+        for span in SPANS:
+            ratio = of_lamp[span] / base[span]
+            lines += f"{compared},{maximum or ''},{span:g},{seed},{ratio:.4f}\n"
+    return lines
+
+
+def measure_all_near(settings, out):
+    """Append to near.csv the seeds that it lacks."""
+    path = Path(out)
+    if not path.exists():
+        path.write_text(f"# network=autoencoder batch_size=32 images={settings.images} "
+                        f"grid=11 epochs={settings.epochs} torch={torch.__version__}\n"
+                        "compared,maximum,span,seed,gradient\n")
+    held = path.read_text()
+    for seed in range(3):
+        if f",0.1,{seed}," not in held:
+            lines = measure_near(seed, settings)
+            with path.open("a") as file:
+                file.write(lines)
+            print(lines, end="", flush=True)
+    print(f"wrote {out}")
+
+
 def header(settings):
     """The first two lines of the CSV: what all rows share, and the columns."""
     words = [f"images={settings.images}", f"grid={len(settings.xs)}",
@@ -118,15 +190,19 @@ def main(argv=None):
     parser.add_argument("--maximum", choices=("held", "moving"), default="held")
     parser.add_argument("--span", type=float, default=1.0,
                         help="the largest step (default: 1)")
+    parser.add_argument("--near", action="store_true",
+                        help="nearer to the trained weights, see above")
     parser.add_argument("--data-dir", help="where MNIST is (default: data)")
-    parser.add_argument("--out", default=str(ROOT / "results/steepness.csv"))
+    parser.add_argument("--out", help="default: results/steepness.csv, or near.csv")
     args = parser.parse_args(argv)
     settings = Settings(steps(args.span, 11), images=128, maximum=args.maximum,
                         data_dir=args.data_dir,
                         command="python results/steepness.py")
     torch.set_flush_denormal(True)
+    measure = measure_all_near if args.near else measure_all
+    name = "near" if args.near else "steepness"
     try:
-        measure_all(settings, args.out)
+        measure(settings, args.out or str(ROOT / f"results/{name}.csv"))
     except (ValueError, OSError) as error:
         parser.exit(2, f"steepness.py: {error}\n")
     except KeyboardInterrupt:

@@ -200,6 +200,22 @@ def steepness_table():
                      "gradient / loss", "curvature / loss"], lines)
 
 
+def near_table():
+    """How many times steeper LAMP is than L2 near the trained weights, as Markdown."""
+    rows = read("near")
+    spans = sorted({row["span"] for row in rows}, reverse=True)
+    groups = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        compared = row["compared"], row["maximum"]
+        groups[compared][row["span"]].append(row["gradient"])
+    lines = []
+    for (compared, maximum), by_span in groups.items():
+        cells = [mean_and_interval(by_span[span], digits=2) for span in spans]
+        lines.append([f"({compared})", maximum or "none, both under L2", *cells])
+    titles = [f"within ±{span:g}" for span in spans]
+    return markdown(["compared", "Eq. 2's maximum", *titles], lines)
+
+
 # ---- pictures ----
 
 def in_words(name, *values):
@@ -340,6 +356,8 @@ def print_tables(args, command):
     """Print what the command line asks for, and draw it where --picture is given."""
     if args.names == ["steepness"]:
         print(steepness_table())
+    elif args.names == ["near"]:
+        print(near_table())
     elif args.names == ["gains"]:
         print(gains_table())
         if args.picture:
@@ -364,7 +382,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
     add = parser.add_argument
     add("names", nargs="+", metavar="EXPERIMENT",
-        help="one or more; or gains; or steepness")
+        help="one or more; or gains; or steepness; or near")
     add("--rows", default="category",
         help="options, a row for each of their values (default: category)")
     add("--metric", default="image_auroc",
