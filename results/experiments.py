@@ -109,17 +109,32 @@ def tuned():
                 cell = dict(validate=True, normal=normal, latent=latent, lr=lr)
                 for lamp in (PLAIN, LAMP, BATCH_MOVING):
                     yield {**MNIST, **cell, **lamp}
-    # The three best of each loss are close, so they get two more seeds.
+    # The three best of each loss are close, so they get one more seed.
     best = (
         (PLAIN, ((8, 3e-3), (8, 1e-3), (8, 1e-2))),
         (LAMP, ((8, 3e-3), (128, 3e-2), (8, 1e-2))),
         (BATCH_MOVING, ((8, 1e-2), (8, 3e-2), (8, 3e-3))))
-    for seed in (1, 2):
+    for normal in DIGITS:
+        for lamp, cells in best:
+            for latent, lr in cells:
+                cell = dict(validate=True, normal=normal, latent=latent, lr=lr)
+                yield {**MNIST, **cell, **lamp, "seed": 1}
+
+
+# The best rate and code of each loss, of the means over ten digits and both seeds of
+# `tuned`: .9592 for L2, .9539 for LAMP, .9558 for LAMP over the batch (whose other two
+# rates are within .0003).
+CHOSEN = (
+    (PLAIN, dict(latent=8, lr=3e-3)), (LAMP, dict(latent=8, lr=3e-3)),
+    (BATCH_MOVING, dict(latent=8, lr=1e-2)))
+
+
+def best():
+    """each loss at the rate and code chosen in tuned, on test images, five new seeds"""
+    for seed in (10, 11, 12, 13, 14):
         for normal in DIGITS:
-            for lamp, cells in best:
-                for latent, lr in cells:
-                    cell = dict(validate=True, normal=normal, latent=latent, lr=lr)
-                    yield {**MNIST, **cell, **lamp, "seed": seed}
+            for lamp, chosen in CHOSEN:
+                yield {**MNIST, "normal": normal, **chosen, **lamp, "seed": seed}
 
 
 def table1():
@@ -291,12 +306,12 @@ def photos():
 
 
 EXPERIMENTS = {experiment.__name__: experiment for experiment in (
-    tuned, reading, tuning, table1, pca, capacity, controls, table2, settled, minutes,
-    unified, parts, shortcut, start, cifar10, photos)}
+    tuned, best, reading, tuning, table1, pca, capacity, controls, table2, settled,
+    minutes, unified, parts, shortcut, start, cifar10, photos)}
 # Their rows were made by an earlier version, whose options they name.
 RECORDED = ("photos",)
 # Their CSV does not have all of its rows yet, or does not exist.
-UNFINISHED = ("tuned", "start")
+UNFINISHED = ("best", "start")
 WITH_PULL_AND_SPREAD = ("table1", "table2")
 
 
