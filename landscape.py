@@ -322,7 +322,7 @@ def train_autoencoder(lamp, batch_size, seed, settings):
     name = f"mnist-3-{loss}-b{batch_size}-e{settings.epochs}-s{seed}"
     config = dict(
         dataset="mnist", normal="3", data_dir=settings.data_dir or "data", lamp=lamp,
-        lr=1e-3, batch_size=batch_size, epochs=settings.epochs, seed=seed,
+        latent=128, lr=1e-3, batch_size=batch_size, epochs=settings.epochs, seed=seed,
         eval_every=0, pictures=False, out=f"runs/landscape/{name}")
     record = train.run(config, resume=True, command=settings.command)
     if record["interrupted"]:

@@ -503,7 +503,8 @@ OF_TRANSFORMER = dict(
 
 DEFAULTS = {                            # a model has only the keys that mean something
     "ae": COMMON | PIXELS | TRAINED | BY_ADAM | dict(
-        steps=1400, depth=4, width=16, latent=None, kernel_size=3, patches=1),
+        steps=1400, depth=4, width=16, kernel_size=3, patches=1,
+        latent=8, lr=3e-3),             # the best on MNIST's training images, L2 or LAMP
     "pca": COMMON | PIXELS | dict(components=8),
     "uniad": COMMON | FEATURES | TRAINED | BY_MUON | OF_TRANSFORMER | dict(
         neighbors=7, jitter=5.0, query="layerwise", start="two-step"),
@@ -518,7 +519,7 @@ DEFAULTS = {                            # a model has only the keys that mean so
 }
 PRODUCTS = ("mvtec", "photos")          # data sets with these defaults instead
 ON_PRODUCTS = {
-    "ae": dict(image_size=64, depth=5, latent=16, batch_size=8),
+    "ae": dict(image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3),
     "pca": dict(image_size=64),
 }
 OF_A_RUN = ("out", "white")             # any config may have them; white: for photos/
