@@ -504,7 +504,7 @@ OF_TRANSFORMER = dict(
 DEFAULTS = {                            # a model has only the keys that mean something
     "ae": COMMON | PIXELS | TRAINED | BY_ADAM | dict(
         steps=1400, depth=4, width=16, kernel_size=3, patches=1,
-        latent=8, lr=3e-3),             # the best on MNIST's training images, L2 or LAMP
+        latent=8, lr=3e-3),             # for MNIST, chosen on training images
     "pca": COMMON | PIXELS | dict(components=8),
     "uniad": COMMON | FEATURES | TRAINED | BY_MUON | OF_TRANSFORMER | dict(
         neighbors=7, jitter=5.0, query="layerwise", start="two-step"),
