@@ -1384,6 +1384,18 @@ def test_a_run_cut_short_is_not_judged_and_can_be_finished(monkeypatch):
     assert "image AUROC" in call(ev.main, "run")
 
 
+def test_the_first_command_needs_no_option_and_ends_with_what_to_do_next(monkeypatch):
+    monkeypatch.setitem(train.DEFAULTS["ae"], "epochs", 1)      # else it takes 10 s
+    *_, auroc, where, following = call(train.main, "").splitlines()
+    run = "runs/digits-0-ae-l2-s0"
+    assert auroc == f"image AUROC {metrics(run)['image_auroc']:.4f}: the chance that an " \
+                    "anomaly has a higher score than a normal image"
+    assert where.endswith(f"look at {run}/examples.png.")
+    assert Path(run, "examples.png").stat().st_size > 10_000
+    assert following.endswith(f"python evaluate.py {run}")
+    assert f"{run} already holds a run of 1 epochs" in call(train.main, "", 2)
+
+
 def test_overwrite_replaces_a_damaged_run_as_well():
     Path("run").mkdir()
     Path("run/model.pt").write_bytes(b"half a file")
