@@ -491,7 +491,7 @@ TRAINED = dict(
     epochs=None,                        # None: as many as make `steps`
     clip=0.0)                           # the largest norm of the gradient, 0 for any
 BY_ADAM = dict(
-    optimizer="adam", lr=1e-3, schedule="cosine", weight_decay=0.0, batch_size=32,
+    optimizer="adam", lr=3e-3, schedule="cosine", weight_decay=0.0, batch_size=32,
     amp=False)
 BY_MUON = dict(
     optimizer="muon", lr=0.01, schedule="warmup-cosine", weight_decay=1e-4,
@@ -504,7 +504,7 @@ OF_TRANSFORMER = dict(
 DEFAULTS = {                            # a model has only the keys that mean something
     "ae": COMMON | PIXELS | TRAINED | BY_ADAM | dict(
         steps=1400, depth=4, width=16, kernel_size=3, patches=1,
-        latent=8, lr=3e-3),             # for MNIST, chosen on training images
+        latent=8),                      # as the rate: chosen on MNIST's training images
     "pca": COMMON | PIXELS | dict(components=8),
     "uniad": COMMON | FEATURES | TRAINED | BY_MUON | OF_TRANSFORMER | dict(
         neighbors=7, jitter=5.0, query="layerwise", start="two-step"),
