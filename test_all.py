@@ -1388,8 +1388,9 @@ def test_the_first_command_needs_no_option_and_ends_with_what_to_do_next(monkeyp
     monkeypatch.setitem(train.DEFAULTS["ae"], "epochs", 1)      # else it takes 10 s
     *_, auroc, where, following = call(train.main, "").splitlines()
     run = "runs/digits-0-ae-l2-s0"
-    assert auroc == f"image AUROC {metrics(run)['image_auroc']:.4f}: the chance that an " \
-                    "anomaly has a higher score than a normal image"
+    value = metrics(run)["image_auroc"]
+    assert auroc == (f"image AUROC {value:.4f}: the chance that an anomaly has a "
+                     "higher score than a normal image")
     assert where.endswith(f"look at {run}/examples.png.")
     assert Path(run, "examples.png").stat().st_size > 10_000
     assert following.endswith(f"python evaluate.py {run}")

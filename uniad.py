@@ -681,7 +681,7 @@ class NearestToken(nn.Module):
             tokens, image_of = tokens[drawn], image_of[drawn]
         chosen = coreset(tokens, len(self.bank))
         self.bank.copy_(tokens[chosen])
-        self.image.copy_(image_of[chosen.cpu()])
+        self.image.copy_(image_of[chosen])
 
     def forward(self, features, leave_out=None):
         """Reconstruct features from the bank: (B, C, g, g) -> (B, C, g, g).
@@ -725,23 +725,25 @@ def coreset(tokens, count):
     greedy k-center algorithm). Distances are measured in 64 random directions, which
     is faster and chooses about the same tokens (Roth et al. 2022, Sec. 3.2).
     """
-    device = tokens.device
     if count >= len(tokens):
-        return torch.arange(len(tokens), device=device)
+        return torch.arange(len(tokens))
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(tokens.shape[1], 64, generator=generator)
-    points = tokens @ directions.to(device)                         # (M, 64)
+    # In float64, so that differences of large squares stay exact. Some GPUs have none.
+    points = (tokens @ directions.to(tokens.device)).cpu().double()         # (M, 64)
 
     # Begin with the first token. `distance` is each token's squared distance to the
     # nearest one that is chosen. Each new one can only make it smaller.
     chosen = [0]
-    distance = torch.full((len(points),), math.inf, device=device)
+    squares = points.square().sum(1)                                # |p|^2, (M,)
+    distance = torch.full_like(squares, math.inf)
     while len(chosen) < count:
-        newest = points[chosen[-1]]
-        to_newest = (points - newest).square().sum(1)               # (M,)
+        # |p - n|^2 is |p|^2 - 2 p n + |n|^2, which is faster than to subtract first.
+        n = chosen[-1]
+        to_newest = torch.addmv(squares, points, points[n], alpha=-2) + squares[n]
         distance = torch.minimum(distance, to_newest)
         chosen.append(int(distance.argmax()))
-    return torch.tensor(chosen, device=device).sort().values
+    return torch.tensor(chosen).sort().values
 
 
 def main():

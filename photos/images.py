@@ -82,6 +82,7 @@ class Folder(NamedTuple):
     root: Path
     white: float                    # see `find_white`, or None
     unreadable: list                # paths
+    parts: dict                     # {kind: a number for each photo}, see `parts_shown`
 
 
 # ---- a line for the reader ----
@@ -124,6 +125,8 @@ def opened(source):
             name = printable(source)
             if Path(source).suffix.lower() in HEIC and pillow_heif is None:
                 advice = "For photos of this format: pip install pillow-heif"
+            if Path(source).is_fifo():              # reading would wait for ever
+                raise ValueError("it is a pipe, not a file")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with Image.open(source) as image:
@@ -292,28 +295,46 @@ def near_copies(pixels):
     return connected_components(near.numpy(), directed=False)[1].tolist()
 
 
+def parts_shown(data):
+    """Which training photos of each kind show one part: {kind: see `near_copies`}."""
+    parts, kinds = {}, data.train_categories
+    for kind in sorted(set(kinds)):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        parts[kind] = near_copies(data.train[members])
+    return parts
+
+
 # ---- a folder ----
 
 def list_images(paths):
     """Files and folders -> the files named, and the images in and below the folders.
 
     What learning and judging have written themselves is no input: the pictures of a
-    page, and the files of a run. Other files that are no images are named.
+    page, and the files of a run. Other files that are no images are named. A folder
+    that cannot be opened is listed as it is: nothing can be read from it.
     """
-    found, other = [], []
+    found, other, closed = [], [], []
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(path)
             continue
-        for folder, folders, names in os.walk(path, followlinks=True):
+        for folder, folders, names in os.walk(path, onerror=closed.append,
+                                              followlinks=True):
             own = own_names({*folders, *names})
+            own |= {name for name in folders if leads_back(folder, name)}
             folders[:] = sorted({*folders} - own)
             for name in sorted({*names} - own):
                 image = Path(name).suffix.lower() in SUFFIXES
                 (found if image else other).append(Path(folder, name))
     say(other, "1 file is no image, and is passed over",
         "files are no images, and are passed over")
-    return found
+    return found + [Path(error.filename) for error in closed]
+
+
+def leads_back(folder, name):
+    """Whether a link in a folder leads to this folder, or to one that it lies in."""
+    link = Path(folder, name)
+    return link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve())
 
 
 def own_names(names):
@@ -335,11 +356,16 @@ class Kind(NamedTuple):
     masks: dict                     # (defect, image): its files
 
 
-def sort_files(root):
-    """Images below root, by their place in LAYOUT -> {name: Kind}, or a clear error."""
-    root = Path(root)
+def by_place(root):
+    """Images below root, by their place in LAYOUT -> {name: Kind}, and the others."""
     found, other = defaultdict(lambda: Kind([], [], [], defaultdict(list))), []
-    for path in list_images([root] if root.is_dir() else []):
+    paths = list_images([root] if root.is_dir() else [])
+    closed = [path for path in paths if path.is_dir()]
+    say(closed, "1 folder cannot be opened, and is left out",
+        "folders cannot be opened, and are left out")
+    for path in paths:
+        if path in closed:
+            continue
         place = PLACE.fullmatch(path.relative_to(root).as_posix())
         if not place:
             other.append(path)
@@ -352,7 +378,13 @@ def sort_files(root):
             kind.normals.append(path)
         else:
             (kind.good if place["good"] else kind.bad).append(path)
+    return found, other
 
+
+def sort_files(root):
+    """Images below root, by their place in LAYOUT -> {name: Kind}, or a clear error."""
+    root = Path(root)
+    found, other = by_place(root)
     if not any(kind.normals for kind in found.values()):    # a folder of photos alone
         alone = [path for path in other if path.parent == root]
         other = [path for path in other if path.parent != root]
@@ -404,21 +436,31 @@ def read_folder(root, size, white=None):
     if not train:
         raise ValueError(f"none of the photos in {printable(root)} can be read")
 
-    labels = [label for _, _, label in test]
+    data = as_data(train, test, photos, masks, size)
+    return Folder(
+        data=data, root=root, white=white, unreadable=unreadable,
+        files=[path.relative_to(root).as_posix() for path, _, _ in train],
+        test_files=[path.relative_to(root).as_posix() for path, _, _ in test],
+        keys=[keys[path] for path, _, _ in train],
+        shapes=[photos[path].shape for path, _, _ in train],
+        parts=parts_shown(data))
+
+
+def as_data(train, test, photos, masks, size):
+    """Photos that were read -> data.Data.
+
+    train, test: lists of (file, kind, label). photos: {file: Photo}. masks: see
+    `read_masks`.
+    """
     kinds = [name for _, name, _ in train]
-    data = Data(
+    labels = [label for _, _, label in test]
+    return Data(
         train=torch.stack([photos[path].pixels for path, _, _ in train]),
         train_classes=kinds, train_categories=kinds,
         test=stack([photos[path].pixels for path, _, _ in test], size),
         labels=torch.tensor(labels).long(),
         categories=[name for _, name, _ in test],
         masks=read_masks([(path, name) for path, name, _ in test], labels, masks, size))
-    return Folder(
-        data=data, root=root, white=white, unreadable=unreadable,
-        files=[path.relative_to(root).as_posix() for path, _, _ in train],
-        test_files=[path.relative_to(root).as_posix() for path, _, _ in test],
-        keys=[keys[path] for path, _, _ in train],
-        shapes=[photos[path].shape for path, _, _ in train])
 
 
 def usable(train, test, keys):

@@ -83,6 +83,8 @@ class Judge:
         if not 0 < self.fpr < 1:
             raise ValueError(f"false alarms {self.fpr}: expected a share between 0 and "
                              "1, such as .01")
+        if threshold is not None and math.isnan(threshold):
+            raise ValueError(f"threshold {threshold}: expected a number")
         self.given, self.thresholds = threshold, {}
         for name in self.kinds:
             how = self.config["score"]
@@ -151,7 +153,8 @@ class Judge:
         near = limit is not None and abs(score - limit) <= DOUBTFUL * abs(limit)
         return Verdict(
             file=name, kind=kind, score=score, threshold=limit,
-            anomalous=None if limit is None else score > limit, doubtful=near,
+            # A score that is no number is not normal.
+            anomalous=None if limit is None else not score <= limit, doubtful=near,
             heat_map=heat,
             peak_x=(x + 0.5) / heat.shape[1], peak_y=(y + 0.5) / heat.shape[0])
 
@@ -177,7 +180,8 @@ class Judge:
         if limit is None:
             return "There is no threshold: too few photos were learned."
         if self.given is None:
-            return f"Threshold {limit:.4g}. {promise(photos, self.fpr)}"
+            different = (self.learned or {}).get("different", {}).get(kind)
+            return f"Threshold {limit:.4g}. {promise(photos, self.fpr, different)}"
         # The photos themselves come first, and after them the copies made of them.
         scores = self.calibration.scores[kind][:photos]
         above = int((scores > limit).sum())
@@ -202,16 +206,30 @@ def heat_map_of(errors, kind, limit, c, calibration):
     return (ev.heat_maps(maps, size)[0] / one).numpy()
 
 
-def promise(photos, fpr):
-    """What a threshold set by so many photos promises, as sentences."""
+def promise(photos, fpr, different=None):
+    """What a threshold set by so many photos promises, as sentences.
+
+    different: how many parts they show, where near-copies count as one photo. By
+    default all are different. A near-copy fits its twin better than a new part fits
+    any photo, so with near-copies the share is a lower bound.
+    """
     needed = math.ceil(round(1 / fpr, 9)) - 1
-    if photos >= needed:
-        return (f"About {percent(fpr)} of new good parts will exceed it. (It was set "
-                f"by {photos} good photos.)")
-    few = f"{photos} good photo{'s' * (photos != 1)}"
-    return (f"It was set by {few}, which are too few to promise {percent(fpr)}: up to "
-            f"{percent(1 / (photos + 1))} of new good parts may exceed it. For "
-            f"{percent(fpr)}, at least {needed} photos are needed.")
+    by = f"{photos} good photo{'s' * (photos != 1)}"
+    if different is None or different == photos:
+        if photos >= needed:
+            return (f"About {percent(fpr)} of new good parts will exceed it. (It was "
+                    f"set by {by}.)")
+        return (f"It was set by {by}, which are too few to promise {percent(fpr)}: up "
+                f"to {percent(1 / (photos + 1))} of new good parts may exceed it. For "
+                f"{percent(fpr)}, at least {needed} photos are needed.")
+    by += f" that show about {different} different part{'s' * (different != 1)}"
+    if different >= needed:
+        return (f"About {percent(fpr)} of new good parts will exceed it, or more. (It "
+                f"was set by {by}.)")
+    return (f"It was set by {by}. These are too few to promise {percent(fpr)}: "
+            f"{percent(1 / (different + 1))} of new good parts may exceed it, or more. "
+            f"For {percent(fpr)}, photos of at least {needed} different parts are "
+            "needed.")
 
 
 def percent(share):
@@ -312,13 +330,25 @@ class Report:
         self.rows.append(Row(printable(file), *addresses, v.ratio, text, tags))
 
     def close(self, facts):
-        """Write the page. facts: lines for its top."""
+        """Write the page. facts: lines for its top.
+
+        -> the files that are complete: table and page, those that were asked for.
+        """
         if self.stream is None:
-            return
-        self.stream.close()
-        if self.page:
-            title = f"Judged on {time.strftime('%Y-%m-%d at %H:%M')}"
-            write_page(self.folder / "judged.html", title, facts, self.rows)
+            return []
+        complete = []
+        try:
+            self.stream.close()
+            # Where its folder was deleted meanwhile, no file has a name any more.
+            (self.folder / "judged.csv").stat()
+            complete.append(self.folder / "judged.csv")
+            if self.page:
+                title = f"Judged on {time.strftime('%Y-%m-%d at %H:%M')}"
+                write_page(self.folder / "judged.html", title, facts, self.rows)
+                complete.append(self.folder / "judged.html")
+        except OSError as error:
+            print(f"table and page are not complete: {error}", file=sys.stderr)
+        return complete
 
 
 def new_folder(run, out):
@@ -504,14 +534,15 @@ def run_command(args):
         seen.interrupted = True
     finally:                                            # what was judged stays
         lines = summary(judge, seen)
-        report.close(lines + promises)
+        complete = report.close(lines + promises)
 
     print("\n" + "\n".join(lines))
-    if folder:
-        print(f"table: {printable(folder / 'judged.csv')}")
-    if folder and args.page:
-        lead_to_latest(folder, args.run)
-        print(f"page:  {printable(folder / 'judged.html')}   (open it in a browser)")
+    for path in complete:
+        if path.suffix == ".csv":
+            print(f"table: {printable(path)}")
+        else:
+            lead_to_latest(folder, args.run)
+            print(f"page:  {printable(path)}   (open it in a browser)")
     return seen.status()
 
 

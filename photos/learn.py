@@ -23,8 +23,8 @@ import evaluate as ev
 import train
 from data import split, to_float
 from photos.copies import NEAREST_ARE_TURNED, add_copies, stands, stands_in_words
-from photos.images import (appearance, aspect, near_copies, name_some, printable,
-                           read_folder, read_photo)
+from photos.images import (appearance, aspect, name_some, printable, read_folder,
+                           read_photo)
 from photos.judge import heat_map_of, looks_of, nearest_look, percent, promise
 from photos.page import Row, embedded, lay_over, write_page
 
@@ -37,6 +37,9 @@ BANK_TOKENS = 10_000                    # at most so many: choosing them takes t
 TO_MOVE = 10                            # photos by which is measured what is stood
 ON_PAGE = 60                            # photos on learned.html, those that fit least
 RATES = (0.2, 0.1, 0.05, 0.02, 0.01)    # of false alarms, in the table of what is found
+# Each learning adds files to the features that are kept. 1 GiB holds those of about 800
+# photos with their moved copies, and no laptop misses it.
+FEATURES_LIMIT = 2 ** 30                # bytes
 
 
 def config_for(model, given):
@@ -74,21 +77,34 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
             print_next(out)
             return out
 
+    rows, lines = make_run(c, photos, out, before, stamp, command)
+    print(f"\nLearned in {time.monotonic() - started:.0f} s.", *lines, sep="\n")
+    print_where(out, rows)
+    return out
+
+
+def make_run(c, photos, out, before, stamp, command):
+    """Learn the photos, and put the run in its place -> Rows of its page, lines.
+
+    before, stamp: the run that is there, see `earlier` and `stamp_of`.
+    """
     c, data = prepare(c, photos)
     part = out / f".learning-{os.getpid()}"
     try:
         there = c | {"out": str(part)}
         record = train.run(there, data=data, command=command, report=False)
-        state, rows, lines = complete(part, out, photos, data, record, before)
+        if record["interrupted"]:           # some epochs are learned: not all, so none
+            raise KeyboardInterrupt
+        state, model, inputs = complete(part, out, photos, data, record)
+        rows = rows_of(state, model, photos, inputs)
+        lines = after_learning(state, model, record, data, inputs, before)
         torch.save(state, part / "model.pt")
-        title = f"What was learned from {printable(folder)}"
+        title = f"What was learned from {printable(photos.root)}"
         write_page(part / "learned.html", title, lines, rows)
         replace_run(part, out, stamp)
     finally:
         shutil.rmtree(part, ignore_errors=True)         # of this learning alone
-    print(f"\nLearned in {time.monotonic() - started:.0f} s.", *lines, sep="\n")
-    print_where(out, rows)
-    return out
+    return rows, lines
 
 
 def prepare(c, photos):
@@ -107,8 +123,8 @@ def prepare(c, photos):
     return c, data
 
 
-def complete(part, out, photos, data, record, before):
-    """Add to a run what judging photos needs -> state, Rows of a page, lines."""
+def complete(part, out, photos, data, record):
+    """Add to a run what judging photos needs -> state, model, Inputs."""
     state, model = ev.load_run(part, record["config"]["device"])
     inputs = ev.open_data(state["config"], record["config"]["device"], state, data)[1]
     state["config"]["out"] = str(out)
@@ -116,10 +132,9 @@ def complete(part, out, photos, data, record, before):
         "folder": str(photos.root), "files": photos.files, "keys": photos.keys,
         "kinds": data.train_categories, "shapes": list(map(list, photos.shapes)),
         "appearance": appearance(data.train)}
-    stored = all_stored(state, inputs)
-    state["photos"]["looks"] = looks_of(stored)
-    rows = rows_of(state, model, photos, stored, inputs.prepare)
-    return state, rows, after_learning(state, model, record, data, inputs, before)
+    state["photos"]["different"] = count_different(state, photos.parts)
+    state["photos"]["looks"] = looks_of(all_stored(state, inputs))
+    return state, model, inputs
 
 
 # ---- the run on disk ----
@@ -201,6 +216,19 @@ def scores_of(state, kind):
     return dict(zip(own, state["calibration"]["scores"][kind].tolist()))
 
 
+def count_different(state, parts):
+    """How many parts the photos show that set a threshold: {kind: a number}.
+
+    parts: see images.Folder. Near-copies of one part count as one photo.
+    """
+    counts, kinds = {}, state["photos"]["kinds"]
+    for kind, groups in parts.items():
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        group_of = dict(zip(members, groups))
+        counts[kind] = len({group_of[i] for i in scores_of(state, kind)})
+    return counts
+
+
 def unusual_of(scores):
     """Which of the scores lie far above the rest: numbers, the largest first.
 
@@ -229,8 +257,9 @@ def threshold_without(state, kind, unusual):
     return ev.threshold(kept, state["config"]["fpr"])
 
 
-def rows_of(state, model, photos, stored, prepare):
+def rows_of(state, model, photos, inputs):
     """Rows for learned.html: the photos that fit the others least."""
+    stored = all_stored(state, inputs)
     c, kinds = state["config"], state["photos"]["kinds"]
     calibration = ev.Calibration(**state["calibration"])
     scores, unusual = {}, set()
@@ -243,7 +272,7 @@ def rows_of(state, model, photos, stored, prepare):
         ratio[i] = score / max(calibration.thresholds[kinds[i]], 1e-12)
     order = sorted(ratio, key=lambda i: -ratio[i])[:ON_PAGE]
     leave_out = torch.tensor(order) if c["model"] == "nearest" else None
-    errors = ev.error_maps(model, stored[order], prepare, leave_out)
+    errors = ev.error_maps(model, stored[order], inputs.prepare, leave_out)
     rows = []
     for i, error in zip(order, errors):
         limit = calibration.thresholds[kinds[i]]
@@ -270,7 +299,7 @@ def print_folder(photos):
             line += f"; to test by {good} good and {bad} defective ones"
         print(line)
         print_shapes([tuple(photos.shapes[i]) for i in members])
-        print_near_copies(near_copies(data.train[members]))
+        print_near_copies(photos.parts[kind])
 
 
 def print_shapes(shapes):
@@ -328,7 +357,8 @@ def after_learning(state, model, record, data, inputs, before):
             lines.append(f"{named}There is no threshold: a single photo is too few. "
                          "Add photos.")
             continue
-        promised = promise(calibration.images[kind], c["fpr"])
+        promised = promise(calibration.images[kind], c["fpr"],
+                           state["photos"]["different"][kind])
         lines.append(f"{named}Threshold {limit:.4g}. {promised}")
         if c["model"] == "nearest":
             lines.append("  " + what_is_stood(state, model, kind, data, c["device"]))
@@ -385,7 +415,7 @@ def table_of_found(state, model, data, inputs):
                      "--false-alarms of judge.py:")
         lines.append("   promised   threshold   false alarms        found")
         for fpr in RATES:
-            if fpr * (calibration.images[kind] + 1) < 1:
+            if fpr * (state["photos"]["different"][kind] + 1) < 1:
                 continue                                # cannot be promised
             limit = ev.threshold_of(kind, calibration, c["score"], fpr)
             good, bad = own[labels == 0] > limit, own[labels == 1] > limit
@@ -419,13 +449,35 @@ def print_where(out, rows):
     """Where everything lies, and the next command."""
     cache = Path(ev.FEATURE_CACHE)
     if cache.is_dir():
-        size = sum(path.stat().st_size for path in cache.iterdir())
-        print(f"Features of photos are kept in {cache} ({size / 2 ** 20:,.0f} MB), so "
-              "that learning again is fast. Delete it whenever you like.")
+        size = prune_features(cache)
+        print(f"Features of photos are kept in {cache} ({size / 2 ** 20:,.0f} MB, at "
+              f"most {FEATURES_LIMIT / 2 ** 20:,.0f} MB), so that learning again is "
+              "fast. Delete it whenever you like.")
     if rows:
         print(f"page: {printable(out / 'learned.html')}   (how photos fit the others; "
               "open it in a browser)")
     print_next(out)
+
+
+def prune_features(cache):
+    """Delete the features used longest ago, so that FEATURES_LIMIT holds -> bytes left.
+
+    Used is read or written, whichever came last.
+    """
+    files, left = [], 0
+    for path in cache.glob("*.npz"):
+        with contextlib.suppress(OSError):              # another learning deleted it
+            status = path.stat()
+            used = max(status.st_atime, status.st_mtime)
+            files.append((used, status.st_size, path))
+            left += status.st_size
+    for _, size, path in sorted(files):
+        if left <= FEATURES_LIMIT:
+            break
+        with contextlib.suppress(OSError):
+            path.unlink()
+            left -= size
+    return left
 
 
 def print_next(out):

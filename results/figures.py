@@ -4,6 +4,7 @@
     python results/figures.py examples OUT.jpg RUN...   test images, as runs see them
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
     python results/figures.py copying OUT.png           does AUROC fall with copying?
+    python results/figures.py route OUT.png RUN...      which tokens make a token's f_hat?
 
 `examples` is the LAMP paper's Fig. 4: the same test images, as each run reconstructs
 them. `copying` draws AUROC over epochs and over training error, from table1.csv. Start
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from pairs import mean_and_interval, read, sign_test, with_setting
 
@@ -210,7 +212,70 @@ def copying(out, runs, data_dir=None):
     figure.savefig(out, dpi=110)
 
 
-FIGURES = {"idea": idea, "examples": examples, "curves": curves, "copying": copying}
+def route(out, runs, data_dir=None):
+    """Which tokens does the reconstruction of the middle token depend on, in UniAD runs?
+
+    For each run and category: |d f_hat_i / d f_j| of each token j, the norm over all
+    channels, averaged over four normal test images. The square is the mask's window
+    around i. Its share of all squared influence, and that of i alone, stand above.
+    """
+    sys.path.insert(0, str(ROOT))
+    import evaluate as ev                           # here alone: it takes seconds
+    maps = {}
+    for run in runs:
+        state, model = ev.load_run(run)
+        c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
+        data, inputs, _ = ev.open_data(c, "cpu", state)
+        for category in sorted(set(data.categories)):
+            normal = ev.is_of(data.categories, category) & (data.labels == 0)
+            f = inputs.prepare(inputs.test[normal][:4])             # (4, C, g, g)
+            maps[f"{c['start']} start", category] = influence(model, f)
+    window = c["neighbors"]
+    starts, categories = (list(dict.fromkeys(names)) for names in zip(*maps))
+    figure = Figure((2.1 * len(categories), 2.5 * len(starts) + 0.4),
+                    layout="constrained")
+    axes = figure.subplots(len(starts), len(categories), squeeze=False)
+    for line, start in zip(axes, starts):
+        line[0].set_ylabel(start)
+        for axis, category in zip(line, categories):
+            draw_influence(axis, maps[start, category], window, category)
+    command = f"python results/figures.py route {out} {' '.join(map(str, runs))}"
+    figure.supxlabel("\n".join(textwrap.wrap(command, 130)), fontsize=7)
+    figure.savefig(out, dpi=110)
+
+
+def influence(model, f, draws=16):
+    """Features (B, C, g, g) -> the squared norm of d f_hat_i / d f_j, i in the middle.
+
+    It is the mean over random directions v of |d (v f_hat_i) / d f_j|^2: (g, g).
+    """
+    import torch
+    middle, total = f.shape[-1] // 2, 0
+    generator = torch.Generator().manual_seed(0)
+    f = f.clone().requires_grad_()
+    f_hat = model.eval()(f)[:, :, middle, middle]                   # (B, C)
+    for _ in range(draws):
+        v = torch.randn(f_hat.shape, generator=generator)
+        slope, = torch.autograd.grad((v * f_hat).sum(), f, retain_graph=True)
+        total = total + slope.square().sum(1).mean(0)               # (g, g)
+    return (total / draws).numpy()
+
+
+def draw_influence(axis, squared, window, category):
+    middle, radius = len(squared) // 2, window // 2
+    near = slice(middle - radius, middle + radius + 1)
+    share = squared[near, near].sum() / squared.sum()
+    own = squared[middle, middle] / squared.sum()
+    print(f"{category}: of the window {share:.3f}, of the token itself {own:.3f}")
+    axis.imshow(np.sqrt(squared), cmap="inferno")
+    corner = middle - radius - 0.5
+    axis.add_patch(Rectangle((corner, corner), window, window, fill=False, color="w"))
+    axis.set_title(f"{category}\nwindow {share:.0%}, itself {own:.0%}", fontsize=8)
+    axis.set(xticks=[], yticks=[])
+
+
+FIGURES = {"idea": idea, "examples": examples, "curves": curves, "copying": copying,
+           "route": route}
 
 
 def main(argv=None):
