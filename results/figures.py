@@ -4,7 +4,7 @@
     python results/figures.py examples OUT.jpg RUN...   test images, as runs see them
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
     python results/figures.py copying OUT.png           does AUROC fall with copying?
-    python results/figures.py route OUT.png RUN...      which tokens make a token's f_hat?
+    python results/figures.py route OUT.png RUN...      which tokens make a token's f_hat
 
 `examples` is the LAMP paper's Fig. 4: the same test images, as each run reconstructs
 them. `copying` draws AUROC over epochs and over training error, from table1.csv. Start
@@ -68,15 +68,15 @@ def draw_idea(block, title, run, count=4):
         mine = np.flatnonzero(data.labels == label)
         chosen += mine[::len(mine) // count][:count].tolist()
     y = ev.to_float(data.test[chosen])
-    y_hat = ev.reconstruct(model, inputs, inputs.test[chosen])
+    y_hat = ev.reconstruct(model, inputs, inputs.test[chosen]).clamp(0, 1)
     auroc = ev.auroc(judged.scores, data.labels)
     block.suptitle(f"{title}: image AUROC {auroc:.3f}", fontsize=10)
     axes = block.subplots(3, 2 * count)
-    errors = judged.maps[chosen]
+    errors, highest = judged.maps[chosen].numpy(), judged.color_limit
     for column, (line, score) in enumerate(zip(axes.T, judged.scores[chosen])):
-        line[0].imshow(y[column].expand(3, -1, -1).movedim(0, -1))
-        line[1].imshow(y_hat[column].clamp(0, 1).expand(3, -1, -1).movedim(0, -1))
-        line[2].imshow(errors[column], cmap="inferno", vmin=0, vmax=judged.color_limit)
+        line[0].imshow(y[column].expand(3, -1, -1).movedim(0, -1).numpy())
+        line[1].imshow(y_hat[column].expand(3, -1, -1).movedim(0, -1).numpy())
+        line[2].imshow(errors[column], cmap="inferno", vmin=0, vmax=highest)
         kind = "normal" if column < count else "anomalous"
         line[0].set_title(f"{kind}\nscore {score:.3g}", fontsize=8)
     for axis, name in zip(axes[:, 0], ("input", "reconstruction", "error")):
@@ -213,7 +213,7 @@ def copying(out, runs, data_dir=None):
 
 
 def route(out, runs, data_dir=None):
-    """Which tokens does the reconstruction of the middle token depend on, in UniAD runs?
+    """Which tokens does the reconstruction of the middle one depend on, in UniAD runs?
 
     For each run and category: |d f_hat_i / d f_j| of each token j, the norm over all
     channels, averaged over four normal test images. The square is the mask's window

@@ -250,6 +250,35 @@ def small_run(out, **options):
     train.run(dict(depth=2, epochs=1, pictures=False, out=out, **options), report=False)
 
 
+def test_the_idea_draws_normals_then_anomalies_as_an_autoencoder_makes_them(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    config = dict(depth=2, latent=2, epochs=1, normal="4", out="four")
+    monkeypatch.setattr(figures, "IDEA", {"above": config, "below": config})
+    figures.idea("idea.png", [])
+    axes = drawn[0].axes
+    assert len(axes) == 2 * 3 * 8                           # blocks, rows, columns
+    titles = [axis.get_title().split("\n")[0] for axis in axes[:8]]
+    assert titles == 4 * ["normal"] + 4 * ["anomalous"]
+    shown = axes[8].images[0].get_array()                   # the first reconstruction
+    state, model = ev.load_run("four")
+    d, inputs, _ = ev.open_data(state["config"], state=state)
+    first = inputs.test[d.labels == 0][:1]
+    close(shown[..., 0], ev.reconstruct(model, inputs, first)[0, 0].clamp(0, 1), 1e-6)
+
+
+def test_influence_is_the_squared_slope_of_the_middle_token_by_each_token():
+    def model(f):                                           # itself, and 3 x the corner
+        return f + 3 * f[:, :, :1, :1]
+    model.eval = lambda: model
+    squared = figures.influence(model, torch.randn(2, 200, 5, 5), draws=64)
+    others = squared.copy()
+    others[2, 2] = others[0, 0] = 0
+    assert not others.any()
+    close(squared[2, 2] / 200, 1, 0.05)                     # C, of random directions
+    close(squared[0, 0] / squared[2, 2], 9, 1e-5)
+
+
 def test_figures_draw_what_each_run_makes_of_the_same_images_and_its_history(monkeypatch):
     drawn, save = [], Figure.savefig
 
