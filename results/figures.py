@@ -4,7 +4,8 @@
     python results/figures.py examples OUT.jpg RUN...   test images, as runs see them
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
     python results/figures.py copying OUT.png           does AUROC fall with copying?
-    python results/figures.py route OUT.png RUN...      which tokens make a token's f_hat
+    python results/figures.py ways OUT.png              four ways against copying
+    python results/figures.py route OUT.png RUN...      which tokens make an f_hat
 
 `examples` is the LAMP paper's Fig. 4: the same test images, as each run reconstructs
 them. `copying` draws AUROC over epochs and over training error, from table1.csv. Start
@@ -274,8 +275,42 @@ def draw_influence(axis, squared, window, category):
     axis.set(xticks=[], yticks=[])
 
 
+def ways(out, runs, data_dir=None):
+    """Four ways to keep a network from copying, as AUROC over the training error.
+
+    A narrow code, a larger learning rate and LAMP are from tuned.csv: a line for each
+    code and loss, whose points are the learning rates. Stopping early is from
+    table1.csv, a line whose points are epochs.
+    """
+    cells = defaultdict(list)
+    for row in read("tuned"):
+        if row["seed"] == 0 and row["over"] != "batch":
+            line = f"{'LAMP' if row['lamp'] else 'L2'}, code 2x2x{row['latent']}"
+            cells[line, row["lr"]].append((row["base_error"], row["image_auroc"]))
+    lines = defaultdict(list)
+    for (line, _), values in sorted(cells.items()):
+        lines[line].append(np.mean(values, axis=0))
+    stopped = np.mean([*judged_on_the_way()["L2"].values()], axis=0)    # over digits
+    lines["L2, code 2x2x128, stopped early"] = stopped[:, 1:]
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for line, points in lines.items():
+        errors, aurocs = np.transpose(points)
+        style = "s--" if "early" in line else "o-" if "LAMP" in line else "s-"
+        axis.plot(errors, aurocs, style, markersize=4, label=line)
+    axis.set(xscale="log", xlabel="training error (squared, a pixel): more copying to "
+             "the right", ylabel="image AUROC, mean over the digits")
+    axis.invert_xaxis()
+    axis.legend(fontsize=8)
+    axis.set_title("MNIST, batch size 32; points: learning rates .0003 to .03, or "
+                   "epochs", fontsize=9)
+    figure.supxlabel(f"python results/figures.py ways {out}", fontsize=7)
+    figure.savefig(out, dpi=110)
+
+
 FIGURES = {"idea": idea, "examples": examples, "curves": curves, "copying": copying,
-           "route": route}
+           "ways": ways, "route": route}
 
 
 def main(argv=None):
@@ -287,9 +322,9 @@ def main(argv=None):
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     add("--data-dir", help="where the data sets are (default: as in the run)")
     args = parser.parse_args(argv)
-    if bool(args.runs) == (args.figure in ("idea", "copying")):
-        parser.error("name runs, but none for idea, which makes them, and for copying, "
-                     "which reads results/table1.csv")
+    if bool(args.runs) == (args.figure in ("idea", "copying", "ways")):
+        parser.error("name runs, but none for idea, which makes them, and for copying "
+                     "and ways, which read CSV files")
     try:
         FIGURES[args.figure](args.out, args.runs, args.data_dir)
     except (ValueError, OSError) as error:

@@ -286,7 +286,8 @@ def draw(path, tables, keys, command):
             panel.set_xticks(ticks, ticks)
     if len(lines) > 1:
         handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper left", ncols=3, fontsize=8)
+        columns = 2 if max(map(len, handles[1])) > 40 else 3
+        figure.legend(*handles, loc="outside upper left", ncols=columns, fontsize=8)
     save(figure, path, command)
 
 
