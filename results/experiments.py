@@ -269,7 +269,6 @@ def start():
     yield dict(long, start="two-step")
     for first in ("two-step", "random"):
         yield dict(short, start=first, seed=1)
-    yield dict(long, start="random")
 
 
 def cifar10():

@@ -230,16 +230,17 @@ def route(out, runs, data_dir=None):
         for category in sorted(set(data.categories)):
             normal = ev.is_of(data.categories, category) & (data.labels == 0)
             f = inputs.prepare(inputs.test[normal][:4])             # (4, C, g, g)
-            maps[f"{c['start']} start", category] = influence(model, f)
+            name = f"{c['start']} start, {c['epochs']} epochs"
+            maps[name, category] = influence(model, f)
     window = c["neighbors"]
-    starts, categories = (list(dict.fromkeys(names)) for names in zip(*maps))
-    figure = Figure((2.1 * len(categories), 2.5 * len(starts) + 0.4),
+    names, categories = (list(dict.fromkeys(part)) for part in zip(*maps))
+    figure = Figure((2.1 * len(categories), 2.5 * len(names) + 0.4),
                     layout="constrained")
-    axes = figure.subplots(len(starts), len(categories), squeeze=False)
-    for line, start in zip(axes, starts):
-        line[0].set_ylabel(start)
+    axes = figure.subplots(len(names), len(categories), squeeze=False)
+    for line, name in zip(axes, names):
+        line[0].set_ylabel(name)
         for axis, category in zip(line, categories):
-            draw_influence(axis, maps[start, category], window, category)
+            draw_influence(axis, maps[name, category], window, category)
     command = f"python results/figures.py route {out} {' '.join(map(str, runs))}"
     figure.supxlabel("\n".join(textwrap.wrap(command, 130)), fontsize=7)
     figure.savefig(out, dpi=110)
