@@ -48,10 +48,15 @@ NAMES = {
     "adam": "Adam", "uniad": "UniAD", "mlp": "MLP", "cnn": "CNN",
     "transformer": "Transformer"}
 GAINS = {                               # where LAMP was tried
+    "MNIST, each loss at its own best, batch size 32 (10 digits)": dict(
+        experiments=["best"], keys=["latent"], best_of=["lr"],
+        where={"over": [None, "image"]}),
     "MNIST, autoencoder with a code of 2x2x128 (10 digits; 1024: 3)": dict(
         experiments=["table1"], keys=["loss", "batch_size"]),
     "MNIST, autoencoder with a narrower code, batch size 32 (10 digits)": dict(
         experiments=["capacity"], keys=["latent"], where={"lr": [1e-3]}),
+    "MNIST, a code of 2x2x128 and a larger rate, batch size 32 (10 digits)": dict(
+        experiments=["capacity"], keys=["lr"], where={"lr": [3e-3, 1e-2]}),
     "MVTec AD, autoencoder of 64 x 64 pixels (5 categories)": dict(
         experiments=["settled"], keys=["epochs"], where={"model": ["ae"]}),
     "MVTec AD, the same, 30 epochs, by loss and optimizer (5 categories)": dict(
@@ -60,6 +65,9 @@ GAINS = {                               # where LAMP was tried
     "(5 categories; UniAD with queries: 3)": dict(
         experiments=["minutes"], keys=["model", "query"],
         where={"setting": ["unified"]}),
+    "MVTec AD, a CNN for each category (5 categories)": dict(
+        experiments=["minutes"], keys=["model"],
+        where={"setting": ["separate"], "model": ["cnn"]}),
     "MVTec AD, one UniAD, 816 steps of batch size 64 (5 categories)": dict(
         experiments=["unified"], keys=["query"],
         where={"model": ["uniad"], "over": [None, "image"]}),
