@@ -1021,7 +1021,7 @@ def test_the_examples_of_the_readme_run():
     output = said(exec, short, {})[1]
     assert output.startswith("True") and "(64, 64)" in output
 
-    start = "HTTPServer((\"\", 8000), Inspector).serve_forever()\n"
+    start = 'HTTPServer(("127.0.0.1", 8000), Inspector).serve_forever()\n'
     assert server.endswith(start)
     names = {}
     exec(server.removesuffix(start), names)
