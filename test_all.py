@@ -22,6 +22,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# The tests' work is too small to share. numpy's threads are set when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -993,17 +996,17 @@ def category_row(**changed):
     return row | changed
 
 
-@pytest.mark.parametrize("images,normals", ((19, 20), (40, 20), (6, 60), (99, 1000)))
+@pytest.mark.parametrize("images,normals", ((19, 20), (6, 60)))
 def test_chance_alone_warns_of_false_alarms_in_less_than_a_case_of_a_hundred(
         images, normals):
     draw = np.random.default_rng(0)
     warned = 0
-    for _ in range(2000):
+    for _ in range(1000):
         limit = ev.threshold(draw.random(images), 0.05)
         false_alarms = int((draw.random(normals) > limit).sum())
         row = {"threshold_images": images}
         warned += ev.more_than_promised(false_alarms, normals, row, 0.05)
-    assert warned / 2000 < 0.016                            # .01, and what 2,000 allow
+    assert warned / 1000 < 0.019                            # .01, and what 1,000 allow
     assert ev.more_than_promised(normals, normals, row, 0.05)
 
 
@@ -1457,7 +1460,8 @@ def test_a_run_goes_on_where_features_cannot_be_kept(monkeypatch):
     {"model": "transformer", "lamp": True, "epochs": 1, "width": 32, "depth": 1},
     {"model": "nearest"}, {"model": "nearest", "coreset": 0.2, "bank_images": 9},
     {"model": "pca", "components": 3}), ids=lambda config: config["model"])
-def test_evaluate_py_prints_the_report_of_every_baseline_again(config):
+def test_evaluate_py_prints_the_report_of_every_baseline_again(config, monkeypatch):
+    monkeypatch.setattr(ev, "draw_examples", lambda *_: None)       # it takes most time
     make_products("bolt", "nut")
     amp = {} if config["model"] in ev.SOLVED else {"amp": False}
     train.run(FEATURES | amp | config)

@@ -19,6 +19,9 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+# The tests' work is too small to share. numpy's threads are set when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
