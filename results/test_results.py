@@ -35,7 +35,7 @@ import tables
 import train
 import uniad
 from autoencoder import ConvAutoencoder
-from lamp_loss import lamp
+from lamp_loss import ReconstructionLoss, lamp
 from test_all import call, close, images, make_products, seeded_and_in_an_empty_folder
 from train import OPTIMIZERS, take_step
 from uniad import Backbone, UniAD
@@ -359,6 +359,17 @@ def test_a_model_is_once_as_steep_as_itself_and_as_steep_through_lamp_as_under_i
     assert c == "classifier,4,0,c" + 4 * ",1.0000" and a.replace(",a,", ",b,") == b
     drawn = landscape.READINGS["autoencoder"].items()
     assert drawn <= train.with_defaults({}).items()         # Fig. 1 draws the default LAMP
+
+
+def test_near_the_weights_a_maximum_of_the_figure_stays_and_one_s_own_shrinks(capsys):
+    model, x = nn.Conv2d(1, 1, 3, padding=1), torch.rand(4, 1, 8, 8)
+    of_figure = steepness.near_surfaces(model, "figure", x, seed=0, grid=3)
+    own = steepness.near_surfaces(model, "own", x, seed=0, grid=3)
+    assert np.array_equal(of_figure[1.0], own[1.0])
+    assert (of_figure[0.1] < own[0.1]).all()                # divided by a larger error
+    plain = steepness.near_surfaces(model, None, x, seed=0, grid=3)
+    center = float(ReconstructionLoss("l2")(model(x), x))
+    close([z[1, 1] for z in plain.values()], 3 * [center], 1e-6)
 
 
 # ---- the READMEs and the pages ----
