@@ -368,7 +368,7 @@ def test_near_the_weights_a_maximum_of_the_figure_stays_and_one_s_own_shrinks(ca
     assert np.array_equal(of_figure[1.0], own[1.0])
     assert (of_figure[0.1] < own[0.1]).all()                # divided by a larger error
     plain = steepness.near_surfaces(model, None, x, seed=0, grid=3)
-    center = float(ReconstructionLoss("l2")(model(x), x))
+    center = float(ReconstructionLoss("l2")(model(x), x).detach())
     close([z[1, 1] for z in plain.values()], 3 * [center], 1e-6)
 
 
