@@ -418,7 +418,7 @@ def judge(model, c, data, inputs):
     Each image's score is that of its category. Two more image AUROCs stand beside it:
     `auroc_not_given` takes each image's lowest score over all categories, as if its
     category were not known; `auroc_paper` takes the papers' own score. (Not of
-    CIFAR-10: UniAD scores its maps after enlarging them to 224 pixels.)
+    CIFAR-10, where the key metric of UniAD's code is the map's mean.)
     """
     calibration = calibrate(model, c, inputs, data.test.shape[-1])
 

@@ -71,12 +71,12 @@ def print_epoch(history, epochs):
               end="\n" if stays else "\r", flush=True)
 
 
-def fit(model, stored, criterion, targets=None, *, epochs=10, batch_size=32, lr=1e-3,
+def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=1e-3,
         optimizer="adam", schedule="cosine", weight_decay=0.0, clip=0.0, seed=0,
         amp=False, prepare=to_float, resume=None, after_epoch=None):
     """Train a model to reconstruct its inputs, or to predict targets -> history.
 
-    stored: (N, C, H, W), the inputs. prepare: turns them into what the model sees.
+    inputs: (N, C, H, W), as stored. prepare: turns them into what the model sees.
     targets: (N, ...), or None for the inputs themselves.
     criterion(x_hat, x): a scalar, summed over an image (Eq. 1 of LAMP) and averaged
         over the batch. It is divided by the number of values of an image, or of a
@@ -94,12 +94,12 @@ def fit(model, stored, criterion, targets=None, *, epochs=10, batch_size=32, lr=
     history = restore(resume, optim, generator) if resume else []
     for epoch in range(len(history) + 1, epochs + 1):
         started, means = time.perf_counter(), torch.zeros(2)
-        batches = torch.randperm(len(stored), generator=generator).split(batch_size)
+        batches = torch.randperm(len(inputs), generator=generator).split(batch_size)
         model.train()
         for step, index in enumerate(batches):
             # Take a batch as the model sees it. Several processes share its images.
             mine, weight = share_of(index)                  # one process: all, and 1
-            x = prepare(stored[mine].to(device))
+            x = prepare(inputs[mine].to(device))
             x = x.contiguous(memory_format=torch.channels_last)
             target = x if targets is None else targets[mine].to(device)
 
@@ -115,7 +115,7 @@ def fit(model, stored, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             (loss * weight).backward()
             progress = (epoch - 1 + step / len(batches)) / epochs
             take_step(optim, model, lr * SCHEDULES[schedule](progress), clip, amp)
-            means += losses_of(criterion, loss, target) * (len(mine) / len(stored))
+            means += losses_of(criterion, loss, target) * (len(mine) / len(inputs))
 
         history.append(record_epoch(epoch, means, time.perf_counter() - started))
         if is_first_process():

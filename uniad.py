@@ -99,7 +99,7 @@ class Backbone(nn.Module):
     def __init__(self, name="efficientnet_b4", weights="imagenet", size=224,
                  standardize=True, strides=(2, 4, 8, 16), grid_stride=16):
         super().__init__()
-        check_word("name", name, STAGES)
+        check_word("backbone name", name, STAGES)
         unit = max(16, grid_stride)
         if size % unit:
             raise ValueError(f"image size {size}: features need a multiple of {unit}, "
