@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import evaluate as ev
 from data import cached_features
+from photos.images import content_key
 
 MOVED = 4                               # moved copies of each photo
 SHIFT, DEGREES, LIGHT = 2 / 256, 2.0, 0.1                   # by at most so much
@@ -41,10 +42,13 @@ def moved(images, right=0.0, down=0.0, degrees=0.0, light=0.0):
 
 
 def moved_at_random(images, seed):
-    """Each image moved, turned and lit anew within the limits; the seed repeats it."""
-    draw = random.Random(seed)
+    """Each image moved, turned and lit anew within the limits.
+
+    The seed and the image repeat it, so that new photos change no copy of the others.
+    """
     copies = []
     for image in images:
+        draw = random.Random(f"{seed} {content_key(image)}")
         right, down = draw.uniform(-SHIFT, SHIFT), draw.uniform(-SHIFT, SHIFT)
         degrees, light = draw.uniform(-DEGREES, DEGREES), draw.uniform(-LIGHT, LIGHT)
         copies.append(moved(image[None], right, down, degrees, light))
@@ -110,15 +114,13 @@ def share_of_turned(photos, kind, backbone):
 
 # ---- what the threshold stands ----
 
-STEPS = {                           # smallest first; of each step the worst view counts
-    "shift": [[dict(right=s), dict(right=-s), dict(down=s), dict(down=-s)]
-              for s in (1 / 256, 2 / 256, 4 / 256)],
-    "degrees": [[dict(degrees=d), dict(degrees=-d)] for d in (1, 2, 4)],
-    "darker": [[dict(light=-v)] for v in (0.05, 0.1, 0.25)],
-    "brighter": [[dict(light=v)] for v in (0.05, 0.1, 0.25)],
+STEPS = {                           # largest first; of each step the worst view counts
+    "shift": [(s, [dict(right=s), dict(right=-s), dict(down=s), dict(down=-s)])
+              for s in (4 / 256, 2 / 256, 1 / 256)],
+    "degrees": [(d, [dict(degrees=d), dict(degrees=-d)]) for d in (4, 2, 1)],
+    "darker": [(v, [dict(light=-v)]) for v in (0.25, 0.1, 0.05)],
+    "brighter": [(v, [dict(light=v)]) for v in (0.25, 0.1, 0.05)],
 }
-VALUES = {"shift": (0, 1 / 256, 2 / 256, 4 / 256), "degrees": (0, 1, 2, 4),
-          "darker": (0, 0.05, 0.1, 0.25), "brighter": (0, 0.05, 0.1, 0.25)}
 
 
 def stands(scores_of, limit, photos):
@@ -126,18 +128,18 @@ def stands(scores_of, limit, photos):
 
     scores_of: images (N, C, S, S) uint8 -> scores (N,), each without itself in the
     memory. limit: the threshold. photos: some of those learned -> {"shift": a share of
-    the side, "degrees": , "darker": , "brighter": shares of the light}.
+    the side, "degrees": , "darker": , "brighter": shares of the light}. What stands a
+    step stands all smaller ones, so the largest are tried first.
     """
     stood = {}
     for name, steps in STEPS.items():
-        held = 0
-        for number, views in enumerate(steps, 1):
-            above = max(int((scores_of(moved(photos, **view)) > limit).sum())
-                        for view in views)
-            if above > len(photos) / 5:
+        stood[name] = 0
+        for value, views in steps:
+            above = (int((scores_of(moved(photos, **view)) > limit).sum())
+                     for view in views)
+            if all(count <= len(photos) / 5 for count in above):
+                stood[name] = value
                 break
-            held = number
-        stood[name] = VALUES[name][held]
     return stood
 
 

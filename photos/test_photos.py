@@ -513,6 +513,13 @@ def test_the_share_of_turned_is_counted_token_by_token(monkeypatch):
     assert copies.share_of_turned(photos, "a", backbone) == pytest.approx(turned / 12)
 
 
+def test_a_photo_s_moved_copies_do_not_depend_on_the_other_photos():
+    photos = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    copied = copies.moved_at_random(photos, 0)
+    assert copies.moved_at_random(photos.flip(0)[:2], 0).equal(copied.flip(0)[:2])
+    assert not copies.moved_at_random(photos, 1).equal(copied)
+
+
 def test_a_step_is_stood_while_at_most_a_fifth_of_the_photos_exceed_the_threshold(
         monkeypatch):
     photos = torch.full((10, 3, 8, 8), 100, dtype=torch.uint8)
