@@ -180,9 +180,9 @@ def print_layers(model, size):
 
 
 def main():
-    print("MNIST, 32 x 32 pixels, four layers on each side")
-    print_layers(ConvAutoencoder(), 32)
-    print("MVTec AD, 128 x 128 pixels, six layers on each side")
+    print("MNIST, 32 x 32 pixels, four layers on each side, a code of 2 x 2 x 8")
+    print_layers(ConvAutoencoder(latent=8), 32)
+    print("The paper's six layers on each side, for 128 x 128 pixels in color")
     print_layers(ConvAutoencoder(channels=3, depth=6), 128)
 
 

@@ -2,8 +2,9 @@
 
     error = (x_hat - x)^2       at each place of an image or of features, summed over
                                 channels: large where it was not learned
-    score = the error's sum, mean or "max"; or "standardized", how far the error lies
-            above that of normal images at the same place
+    score = the error's sum, mean or "max"; or "standardized": at each place (error -
+            mean of the normals' errors) / their spread, then the mean of the largest
+            2.5 % of the places
     image AUROC                 the chance that an anomaly's score exceeds a normal's
 
     python evaluate.py RUN...   the numbers and pictures of saved runs, made again
@@ -45,7 +46,8 @@ VERSION = 5                             # of model.pt: raise it when its content
 SOLVED = ("pca", "nearest")             # models that are solved, not trained by a loss
 SCORES = ("sum", "mean", "max", "standardized")     # what a config's "score" may be
 # Errors of images are blurred by a Gaussian. Its standard deviation is a 64th of an
-# image's side for the score, which needs small defects, and a 32nd for pictures.
+# image's side for the score, which needs small defects, and a 32nd for pictures and
+# pixel AUROC.
 SCORE_BLUR, PICTURE_BLUR = 64, 32
 METRICS = {"image_auroc": "image AUROC", "image_ap": "image AP",
            "pixel_auroc": "pixel AUROC", "pixel_aupro": "pixel AUPRO"}
@@ -115,8 +117,8 @@ def threshold(scores, fpr=0.05):
 
     scores: (n,), of normal images that were not trained on. It is their
     ceil((n + 1) (1 - fpr))-th smallest (conformal prediction). With fewer than
-    1/fpr - 1 images no score is large enough. Then it is the largest one, and the
-    probability is 1/(n + 1).
+    1/fpr - 1 images even the largest is too small for that. It is taken all the same,
+    and a new normal image exceeds it with a probability of up to 1/(n + 1).
     """
     ordered = np.sort(np.asarray(scores, dtype=float))
     return float(ordered[threshold_rank(len(ordered), fpr) - 1])
@@ -520,7 +522,7 @@ def build_model(c, shape, bank_tokens=0):
         return FeatureMLP(channels, c["width"], c["depth"])
     if c["model"] == "cnn":
         return FeatureCNN(channels, c["width"], c["depth"])
-    # "uniad", or "transformer", which is UniAD without its three remedies.
+    # "uniad", or "transformer", which is UniAD without mask and jitter, with one query.
     return UniAD(channels, side, c["width"], layers=c["depth"], query=c["query"],
                  neighbors=c["neighbors"], jitter=c["jitter"], dropout=c["dropout"],
                  start=c["start"])

@@ -8,16 +8,17 @@ with a steeper loss:
     Eq. 1    LAMP   = sum of -log(1 - L')           amplify it, element by element
 
 They are computed in this order. An element is one value (h, w, c) of an image. The
-slope 1 / (1 - L') rises from 1, where L' = 0, to 1/eps, where L' is largest. So the
-worst elements of an image dominate the training step. The paper argues that a steeper
-loss makes a sharper loss landscape, in which a network generalizes less (landscape.py).
+slope in L', 1 / (1 - L'), rises from 1, where L' = 0, to 1/eps, where L' is largest. So
+the worst elements of an image dominate the training step. The paper argues that a
+steeper loss makes a sharper loss landscape, in which a network generalizes less, and so
+reconstructs what it has never seen worse (landscape.py).
 
     criterion = ReconstructionLoss("l2", lamp=True)
     loss = criterion(y_hat, y)      # two tensors (B, C, H, W); for SSIM in [0, 1]
 
 The paper leaves three choices open. They are arguments of `scale`: the value of eps,
 what the maximum is taken over, and whether the gradient flows through that maximum.
-The defaults were chosen on training images (results/mnist.md, "Which LAMP?").
+results/mnist.md, "Which LAMP?", says how the defaults were chosen.
 Eq. 1 sums over h, w and c, but its L carries no indices. We take it as the error of one
 element, as the authors' poster does, and average over a batch.
 
@@ -142,8 +143,8 @@ def scale(error, eps=0.03, over="image", detach=True):
     maximum = largest(error, over)
     if detach:
         maximum = maximum.detach()
-    # An image without any error would give 0/0. With this bound it gives 0. It is not
-    # smaller, since the gradient divides by it and must not overflow.
+    # An image without any error would give 0/0. With this bound it gives 0. The bound
+    # is no smaller than 1e-30, since the gradient divides by it and must not overflow.
     maximum = maximum.clamp(min=max(precision.tiny, 1e-30))
     return error / maximum * (1 - eps)
 

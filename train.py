@@ -1,15 +1,16 @@
 """Train: one loop for every model here, and the command that wires everything together.
 
-    python train.py                                         # digits, 15 s, no download
+    python train.py                                         # digits, 10 s, no download
     python train.py --dataset mnist --normal 3 --loss l2 --lamp
 
 Every model reconstructs its input, so one loop, `fit`, trains all that are trained. The
 LAMP paper in one line: train on normal images alone, with an amplified loss; judge by
 L2.
 
-A first reading needs two functions: `fit`, the loop, and `run`, the way of a run from
-its config to its record. The sections between them are optimizers and schedules,
-training in several processes, saving and resuming, and the table of all defaults.
+A first reading needs two functions: `fit`, the loop, and `run`, which goes from a
+config to data, a model, its training, and a record of what came out. The sections
+between them are optimizers and schedules, training in several processes, saving and
+resuming, and the table of all defaults.
 
 A run is made from a config, a dict. The command line sets the options that a reader of
 the papers turns. DEFAULTS holds all keys. From Python any of them can be set:

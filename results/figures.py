@@ -27,6 +27,7 @@ from pairs import mean_and_interval, read, sign_test, with_setting
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ("base_error", "image_auroc", "pixel_auroc")
+ANNEALED = "L2 of 3 to 8 epochs, each run to its end"
 
 
 # The two autoencoders of the picture at the top of README.md.
@@ -166,26 +167,38 @@ def equal_error(plain, lamp):
 def judged_on_the_way():
     """Curves of table1 at batch size 32 -> {loss: {(class, seed): curve}}.
 
-    A curve is [(epoch, training error, AUROC), ...].
+    A curve is [(epoch, training error, AUROC), ...]. That of ANNEALED is made of whole
+    runs: of 3 to 7 epochs, from annealed.csv, and of 8.
     """
-    found = {"L2": defaultdict(list), "L2-LAMP": defaultdict(list)}
+    found = {loss: defaultdict(list) for loss in ("L2", ANNEALED, "L2-LAMP")}
     for row in map(with_setting, read("table1")):
         if row["batch_size"] == 32 and row["seed"] > 0:     # seed 0: at its end only
-            loss = "L2-LAMP" if row["lamp"] else "L2"
-            curve = found[loss][row["category"], row["seed"]]
-            curve.append((row["epoch"], row["base_error"], row["image_auroc"]))
+            key, point = point_of(row)
+            found["L2-LAMP" if row["lamp"] else "L2"][key].append(point)
+            if not row["lamp"] and row["epoch"] == row["epochs"]:
+                found[ANNEALED][key].append(point)
+    for row in read("annealed"):
+        key, point = point_of(row)
+        found[ANNEALED][key].append(point)
     return found
 
 
-def print_at_equal_error(found):
+def point_of(row):
+    """A row -> whose curve it belongs to, and its point there."""
+    point = row["epoch"], row["base_error"], row["image_auroc"]
+    return (row["category"], row["seed"]), point
+
+
+def print_at_equal_error(found, loss):
+    """How far L2-LAMP is ahead of L2 when the two have the same training error."""
     ahead = defaultdict(list)                       # {class: the gains of its seeds}
     for (category, seed), curve in found["L2-LAMP"].items():
-        gain = equal_error(found["L2"][category, seed], curve)
+        gain = equal_error(found[loss][category, seed], curve)
         if gain is not None:
             ahead[category].append(gain)
     means = [np.mean(gains) for gains in ahead.values()]
-    print(f"L2-LAMP at equal training error: {mean_and_interval(means, '+')}, ahead on "
-          f"{sign_test(means)[0]} digits")
+    print(f"L2-LAMP - {loss}, at equal training error: {mean_and_interval(means, '+')},"
+          f" ahead on {sign_test(means)[0]} digits")
 
 
 def copying(out, runs, data_dir=None):
@@ -197,10 +210,12 @@ def copying(out, runs, data_dir=None):
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     over_epochs, over_error = figure.subplots(1, 2, sharey=True)
     for loss, of_classes in found.items():
-        epochs, errors, aurocs = np.mean([*of_classes.values()], axis=0).T
+        curves_by_epoch = [sorted(curve) for curve in of_classes.values()]
+        epochs, errors, aurocs = np.mean(curves_by_epoch, axis=0).T
         over_epochs.plot(epochs, aurocs, "o-", markersize=4, label=loss)
         over_error.plot(errors, aurocs, "o-", markersize=4)
-    print_at_equal_error(found)
+    for loss in ("L2", ANNEALED):
+        print_at_equal_error(found, loss)
     over_epochs.set(xlabel="epoch", ylabel="image AUROC, mean over the digits")
     over_error.set(xlabel="training error (squared, a pixel): falls to the right",
                    xscale="log")

@@ -215,18 +215,23 @@ def best_cells(rows, keys, metric, options, chosen_on):
 
 def cells_for(experiments, keys, metric="image_auroc", best_of=(), chosen_on="itself",
               over="categories", where=()):
-    """The cells of a table of experiments. where: {option: allowed values}."""
+    """The cells of a table of experiments.
+
+    where: {option: allowed values}, or {"option!": values that are left out}.
+    """
     rows = []
     for name in experiments:
         rows += [with_setting(row) for row in read(name)]
-    for option, allowed in dict(where).items():
+    for word, values in dict(where).items():
+        option = word.removesuffix("!")
         if option not in rows[0]:
             raise ValueError(f"--where: no {option} here. There are "
                              f"{', '.join(rows[0])}")
-        rows = [row for row in rows if row.get(option) in allowed]
+        wanted = not word.endswith("!")
+        rows = [row for row in rows if (row.get(option) in values) == wanted]
         if not rows:
-            raise ValueError(f"--where: no run has {option} "
-                             f"{' or '.join(map(str, allowed))}")
+            raise ValueError(f"--where: no run has {word} "
+                             f"{' or '.join(map(str, values))}")
     if best_of:
         return best_cells(rows, keys, metric, best_of, chosen_on)
     return cells_of(rows, keys, metric, over)
