@@ -143,9 +143,10 @@ def stands(scores_of, limit, photos):
     return stood
 
 
-def stands_in_words(stood):
-    """What `stands` has found, as a sentence."""
-    return (f"Good parts still pass if the camera moves by {stood['shift']:.1%} of the "
-            f"picture or turns by {stood['degrees']:g} degrees, or if it is "
-            f"{stood['darker']:.0%} darker or {stood['brighter']:.0%} brighter "
-            "(tried on some of the photos, up to 1.6%, 4 degrees and 25%).")
+def stands_in_words(stood, photos):
+    """What `stands` has found on so many photos, as sentences."""
+    return (f"Tried on {photos} of the photos: nearly all pass if the camera moves by "
+            f"{100 * stood['shift']:.2g} % of the picture or turns by "
+            f"{stood['degrees']:g} degrees, or if the light is "
+            f"{100 * stood['darker']:.0f} % less or {100 * stood['brighter']:.0f} % "
+            "more. (More than 1.6 %, 4 degrees and 25 % was not tried.)")

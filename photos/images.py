@@ -131,6 +131,8 @@ def opened(source):
                 warnings.simplefilter("ignore")
                 with Image.open(source) as image:
                     yield image
+    except FileNotFoundError:
+        raise ValueError(f"no such file or folder: {name}") from None
     except Exception as error:                      # of many kinds, by format
         raise ValueError(f"{name} cannot be read ({error}). {advice}") from None
 
@@ -359,7 +361,7 @@ class Kind(NamedTuple):
 def by_place(root):
     """Images below root, by their place in LAYOUT -> {name: Kind}, and the others."""
     found, other = defaultdict(lambda: Kind([], [], [], defaultdict(list))), []
-    paths = list_images([root] if root.is_dir() else [])
+    paths = list_images([root])
     closed = [path for path in paths if path.is_dir()]
     say(closed, "1 folder cannot be opened, and is left out",
         "folders cannot be opened, and are left out")
@@ -384,6 +386,8 @@ def by_place(root):
 def sort_files(root):
     """Images below root, by their place in LAYOUT -> {name: Kind}, or a clear error."""
     root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no such folder: {printable(root)}")
     found, other = by_place(root)
     if not any(kind.normals for kind in found.values()):    # a folder of photos alone
         alone = [path for path in other if path.parent == root]
@@ -404,7 +408,8 @@ def sort_files(root):
         there = name_some([path.name for path in sorted(root.glob("*"))], 8)
         raise FileNotFoundError(
             f"there are no photos of good parts in {printable(root)}, expected as\n"
-            f"{LAYOUT}\nfound there: {there or 'nothing'}")
+            f"{LAYOUT}\nfound there: {there or 'nothing'}. Photos in folders of other "
+            "names, such as one a day, go into one folder together")
     return found
 
 

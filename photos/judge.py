@@ -27,8 +27,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where evaluate.py is
 import evaluate as ev
 from data import resize, to_float, with_progress
-from photos.images import (appearance, has_another_shape, how_they_differ, list_images,
-                           name_some, printable, read_photo)
+from photos.images import (appearance, content_key, has_another_shape,
+                           how_they_differ, list_images, name_some, printable,
+                           read_photo)
 from photos.page import Row, lay_over, write_page
 
 NORMAL, ANOMALOUS, NO_VERDICT, INTERRUPTED = 0, 10, 2, 130      # exit statuses
@@ -81,8 +82,8 @@ class Judge:
         self.kind = self.checked(kind)
         self.fpr = self.config["fpr"] if false_alarms is None else false_alarms
         if not 0 < self.fpr < 1:
-            raise ValueError(f"false alarms {self.fpr}: expected a share between 0 and "
-                             "1, such as .01")
+            raise ValueError(f"false alarms {self.fpr:g}: expected a share between 0 "
+                             "and 1, such as .05 for 5 %")
         if threshold is not None and math.isnan(threshold):
             raise ValueError(f"threshold {threshold}: expected a number")
         self.given, self.thresholds = threshold, {}
@@ -403,6 +404,7 @@ class Seen:
         self.normal = self.anomalous = self.doubtful = 0
         self.interrupted = False
         self.unreadable, self.no_verdict = [], []       # files
+        self.learned = []                               # files that were learned, too
         self.other_shape = []                           # file, its shape, a learned one
         self.appearances = {}                           # kind: a list of (6,)
 
@@ -418,6 +420,8 @@ class Seen:
             self.no_verdict.append(file)
         if learned is None:                             # a run of train.py
             return
+        if content_key(photo.pixels) in learned["keys"]:
+            self.learned.append(file)
         own = [shape for shape, kind in zip(learned["shapes"], learned["kinds"])
                if kind == verdict.kind]
         if has_another_shape(photo.shape, own):
@@ -440,13 +444,16 @@ def summary(judge, seen):
     count = judged + len(seen.unreadable) + len(seen.no_verdict)
     parts = [f"{seen.anomalous:,} anomalous, {seen.normal:,} normal"]
     if seen.doubtful:
-        parts.append(f"{seen.doubtful:,} of these near the threshold: look at them")
+        parts.append(f"{seen.doubtful:,} of all within 10 % of the threshold")
     if seen.no_verdict:
         parts.append(f"{len(seen.no_verdict):,} without a verdict, as the run has no "
                      "threshold")
     if seen.unreadable:
         parts.append(f"{len(seen.unreadable):,} could not be read")
     lines = [f"{count:,} photo{'s' * (count != 1)}: {'; '.join(parts)}."]
+    if seen.learned:
+        lines.append("WARNING: these have been learned as good, their scores are too "
+                     f"low: {name_some(seen.learned)}")
     if seen.other_shape:
         lines.append(about_shapes(seen.other_shape))
     words = differences(judge, seen)
@@ -516,6 +523,8 @@ def line_of(verdict, several):
 def run_command(args):
     """Judge what the command line names -> the exit status."""
     judge = Judge(args.run, args.kind, args.false_alarms, args.threshold, args.device)
+    if not any(map(os.path.lexists, args.images)):
+        raise ValueError(f"no such file or folder: {name_some(args.images)}")
     files = list_images(args.images)
     if not files:
         raise ValueError(f"there are no images in {name_some(args.images)}: nothing "
@@ -550,7 +559,7 @@ def parser():
     p = argparse.ArgumentParser(
         description="Judge new photos.", allow_abbrev=False,
         epilog="Exit status: 0 all are normal, 10 some are anomalous, 2 something "
-               "could not be read or judged.")
+               "could not be read or judged, whatever the others are.")
     add = p.add_argument
     add("run", help="a folder that photos/learn.py or train.py wrote")
     add("images", nargs="+", help="files, and folders of files")

@@ -25,7 +25,7 @@ from data import split, to_float
 from photos.copies import NEAREST_ARE_TURNED, add_copies, stands, stands_in_words
 from photos.images import (appearance, aspect, name_some, printable, read_folder,
                            read_photo)
-from photos.judge import heat_map_of, looks_of, nearest_look, percent, promise
+from photos.judge import heat_map_of, looks_of, nearest_look, promise
 from photos.page import Row, embedded, lay_over, write_page
 
 # What learns photos if nothing else is said: PatchCore's memory bank on features whose
@@ -344,7 +344,7 @@ def what_is_stood(state, model, kind, data, device):
         return ev.category_scores(errors, [kind], c, calibration)[:, 0]
 
     stood = stands(scores_of, calibration.thresholds[kind], data.train[numbers])
-    return stands_in_words(stood)
+    return stands_in_words(stood, len(numbers))
 
 
 def after_learning(state, model, record, data, inputs, before):
@@ -411,9 +411,9 @@ def table_of_found(state, model, data, inputs):
         own, labels = scores[mine, number], data.labels[mine]
         if not labels.any() or calibration.thresholds[kind] is None:
             continue
-        lines.append(f"On the test photos of {printable(kind)}, by the option "
-                     "--false-alarms of judge.py:")
-        lines.append("   promised   threshold   false alarms        found")
+        lines.append(f"On the test photos of {printable(kind)}, by the option of "
+                     "judge.py:")
+        lines.append("  --false-alarms   threshold   false alarms        found")
         for fpr in RATES:
             if fpr * (state["photos"]["different"][kind] + 1) < 1:
                 continue                                # cannot be promised
@@ -421,7 +421,7 @@ def table_of_found(state, model, data, inputs):
             good, bad = own[labels == 0] > limit, own[labels == 1] > limit
             alarms = f"{int(good.sum())} of {len(good)}"
             found = f"{int(bad.sum())} of {len(bad)}"
-            lines.append(f"  {percent(fpr):>9}{limit:>12.4g}{alarms:>15}{found:>13}")
+            lines.append(f"  {fpr:>14g}{limit:>12.4g}{alarms:>15}{found:>13}")
     return lines
 
 

@@ -113,7 +113,8 @@ def write_page(path, title, facts, rows):
 <style>{STYLE.replace("SCALE", scale_colors())}</style></head><body>
 <header><h1>{html.escape(title)}</h1>
 {text_of(facts)}<p>Heat map: as usual<span class="scale"></span>twice the threshold
-or more. Point at a photo to see it without its heat map.</p></header>
+or more. The threshold is in the middle. Point at a photo to see it without its heat
+map.</p></header>
 <nav>{"".join(links)}</nav>
 <main>
 {"".join(figures)}</main>

@@ -212,7 +212,8 @@ def test_transparent_parts_are_white_whatever_color_is_hidden_under_them():
 
 def test_what_cannot_be_read_is_refused_by_name(monkeypatch):
     good = Image.new("L", (8, 8), 9)
-    expected = {"no.png": "No such", "pages.tif": "2 pages"}
+    expected = {"pages.tif": "2 pages"}
+    refused("no such file or folder: no.png", read_photo, "no.png", 8)
     good.save("good.png")
     Path("cut.png").write_bytes(Path("good.png").read_bytes()[:45])
     good.save("pages.tif", save_all=True, append_images=[good])
@@ -531,7 +532,9 @@ def test_a_step_is_stood_while_at_most_a_fifth_of_the_photos_exceed_the_threshol
     stood = copies.stands(scores_of, 12, photos)
     assert stood["shift"] == 4 / 256 and stood["degrees"] == 4
     assert stood["darker"] == 0.1 and stood["brighter"] == 0.1
-    assert "10% darker or 10% brighter" in copies.stands_in_words(stood)
+    words = copies.stands_in_words(stood, 10)
+    assert "moves by 1.6 % of the picture or turns by 4 degrees" in words
+    assert "the light is 10 % less or 10 % more" in words
 
 
 @pytest.mark.parametrize("count", (2, 5, 19))
@@ -752,6 +755,19 @@ def test_the_exit_status_tells_verdicts_from_each_other_and_from_a_crash():
     assert done.returncode not in (judge.NORMAL, judge.ANOMALOUS, judge.NO_VERDICT)
 
 
+def test_judging_says_which_photos_were_learned_and_refuses_names_that_are_not_there(
+        learned_once):
+    take(learned_once, "nearest")
+    learned, *_ = sorted(Path("good").iterdir())
+    part(999).save("new.png")
+    text = judged(f"runs/good {learned} new.png gone.png")
+    assert f"as good, their scores are too low: {learned}" in text
+    assert "no such file or folder: gone.png" in text and "1 could not be read" in text
+    assert "as good, their" not in judged("runs/good new.png")
+    assert "no such file or folder: gone" in call(judge.main, "runs/good gone", 2)
+    assert "no such folder: gone" in call(learn.main, "gone", 2)
+
+
 def test_the_threshold_is_the_user_s_without_learning_again(learned_once):
     take(learned_once, "nearest")
     scores = ev.load_run("runs/good")[0]["calibration"]["scores"]["good"]
@@ -779,7 +795,7 @@ def test_learning_prints_what_each_threshold_would_find_of_the_defects():
     for fpr in (0.2, 0.1, 0.05):
         limit = ev.threshold(state["calibration"]["scores"]["bolt"], fpr)
         alarms, found = (sum(s > limit for s in scores) for scores in (good, bad))
-        row = [f"{100 * fpr:.2g} %", f"{limit:.4g}", f"{alarms} of 4", f"{found} of 4"]
+        row = [f"{fpr:g}", f"{limit:.4g}", f"{alarms} of 4", f"{found} of 4"]
         assert re.search(" +".join(map(re.escape, row)), text), (row, text)
     assert not re.search(r"\n +1 %", text)  # 20 photos cannot promise it
 
