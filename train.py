@@ -90,6 +90,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
+    # Convolutions are faster with the channels last in memory.
     network = in_processes(model.to(memory_format=torch.channels_last))
     optim = OPTIMIZERS[optimizer](model, lr, weight_decay)
     history = restore(resume, optim, generator) if resume else []
@@ -644,6 +645,7 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     started = time.perf_counter()
     torch.set_flush_denormal(True)                  # LAMP's tiny gradients are slow
     c = with_defaults(config)
+    # What model.pt of a run to go on with holds, or None.
     state = saved_run(c["out"]) if resume else None
     if state:
         may_change = {key: config[key] for key in MAY_CHANGE if key in config}
@@ -652,7 +654,7 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     # 1. The images, or their features: normal ones to train on, and all to test.
     device = join_processes(c["device"])
     data, inputs, backbone = ev.open_data(c, device, state, data)
-    settle(c, len(inputs.train))
+    settle(c, len(inputs.train))                    # epochs, eval_every and amp
     check_batch_norm(c, len(inputs.train))
     if report:
         print_start(c, data, inputs)
