@@ -27,7 +27,9 @@ sys.path.insert(0, str(ROOT))
 PRODUCTS = ("bottle", "capsule", "grid", "pill", "transistor")
 DRAWS = (0, 1, 2)
 METRICS = ("image_auroc", "pixel_auroc", "pixel_aupro", "threshold", "fpr", "tpr")
-COLUMNS = ("product", "draw", *METRICS, "cpu_seconds", "machine")
+MORE_ALARMS = 0.1                       # a second share of false alarms, twice the usual
+COLUMNS = ("product", "draw", *METRICS, "more_fpr", "more_tpr", "cpu_seconds",
+           "machine")
 PEERS = {"patchcore": "PatchCore", "padim": "PaDiM"}
 
 
@@ -65,8 +67,21 @@ def measure(product, draw, data_dir):
         learn(folder, out, again=True)
     record = json.loads(Path(out, "run.json").read_text())
     row = {key: record["metrics"]["categories"][product][key] for key in METRICS}
+    row["more_fpr"], row["more_tpr"] = with_more_alarms(out, product, data_dir)
     machine = record["versions"]["machine"]
     return dict(row, product=product, draw=draw, cpu_seconds=seconds, machine=machine)
+
+
+def with_more_alarms(run, product, data_dir):
+    """The shares of good and of defective test photos that judge.py calls anomalous.
+
+    Its threshold is that of --false-alarms MORE_ALARMS.
+    """
+    from photos.judge import Judge
+    judge, called = Judge(run, false_alarms=MORE_ALARMS), ([], [])
+    for photo in sorted(Path(data_dir, "mvtec", product, "test").glob("*/*")):
+        called[photo.parent.name != "good"].append(judge(photo).anomalous)
+    return [float(np.mean(verdicts)) for verdicts in called]
 
 
 # ---- the table ----
@@ -99,8 +114,10 @@ def number(value):
 
 def table():
     """Ours beside the peers', as Markdown: image AUROC by product, means over them."""
-    methods = {"`photos/learn.py`": (read("sixty.csv"), "fpr", "tpr", "cpu_seconds")}
-    peers = read("peers.csv")
+    ours, peers = read("sixty.csv"), read("peers.csv")
+    more = f"the same, `--false-alarms {MORE_ALARMS:g}`"
+    methods = {"`photos/learn.py`": (ours, "fpr", "tpr", "cpu_seconds"),
+               more: (ours, "more_fpr", "more_tpr", "cpu_seconds")}
     for method, name in PEERS.items():
         own = [row for row in peers if row["method"] == method]
         methods[name] = own, "alarms", "found", "learn_s"
