@@ -11,7 +11,8 @@ own test images.
 
 `to_inputs` prepares a data set for training. It sets some normal images aside, by which
 evaluate.py finds a threshold. Where a model needs CNN features, it computes them once
-and keeps them on disk.
+and keeps them on disk. A first reading ends at `split`, and may skip how files are read
+(`load_torchvision`, MVTec AD).
 """
 import contextlib
 import hashlib
@@ -36,18 +37,16 @@ class Data(NamedTuple):
     Each has one threshold.
     """
     train: torch.Tensor                 # (N, C, H, W) uint8, all normal
-    train_classes: list                 # N names; `split` takes a share of each
-    train_categories: list              # N names
+    train_classes: list                 # N names, such as "3" or "bottle"
+    train_categories: list              # N names, such as "0,1,2" together, or "bottle"
     test: torch.Tensor                  # (M, C, H, W) uint8
     labels: torch.Tensor                # (M,) int64
-    categories: list                    # M names
+    categories: list                    # M names: by whose threshold each is judged
     masks: torch.Tensor = None          # (M, H, W) bool, True where defective, or None
-    # Only photos/ makes copies, for nearest tokens: images of `train`, moved or turned.
-    # Some are added to the bank of tokens, to find turned parts there. The others are
-    # only judged, so that small movements do not count as anomalous.
+    # For photos/ alone, see photos/copies.py: images of `train`, moved or turned.
     copies: torch.Tensor = None         # (K, C, H, W) uint8
     copy_of: torch.Tensor = None        # (K,), the number in `train` of each
-    copy_in_bank: torch.Tensor = None   # (K,) bool, or None: the bank takes all
+    copy_in_bank: torch.Tensor = None   # (K,) bool: learned, and not only judged
 
 
 class Inputs(NamedTuple):
@@ -61,7 +60,7 @@ class Inputs(NamedTuple):
     calibration_categories: list
     test: torch.Tensor
     prepare: Callable
-    images: torch.Tensor = None         # of `train`, to draw, where that holds features
+    images: torch.Tensor = None         # the pixels of `train`, where that has features
     copies: torch.Tensor = None         # as in Data
     copy_of: torch.Tensor = None        # no image is set aside where there are copies
     copy_in_bank: torch.Tensor = None
@@ -112,8 +111,9 @@ def one_class_against_the_rest(train, test, classes, normal, image_size):
     for number, name in enumerate(classes):
         numbers[name.lower()] = number
     words = [word.strip().lower() for word in str(normal or classes[0]).split(",")]
-    chosen = sorted({numbers.get(word, -1) for word in words})      # -1: no such class
-    if chosen[0] < 0 or len(chosen) == len(classes):
+    unknown = [word for word in words if word not in numbers]
+    chosen = sorted({numbers[word] for word in words if word in numbers})
+    if unknown or len(chosen) == len(classes):
         raise ValueError(f"normal {normal}: expected one or more of "
                          f"{', '.join(classes)}, and at least one class left to be "
                          "anomalous")
@@ -133,7 +133,10 @@ def one_class_against_the_rest(train, test, classes, normal, image_size):
 
 
 def resize(images, size):
-    """(N, C, H, W) uint8 -> (N, C, size, size) uint8. MNIST's 28 is padded to 32."""
+    """(N, C, H, W) uint8 -> (N, C, size, size) uint8.
+
+    MNIST's 28 is padded to 32, which can be halved four times.
+    """
     if images.shape[-1] == 28 and size in (None, 32):
         return F.pad(images, [2, 2, 2, 2])
     if size in (None, images.shape[-1]):
@@ -177,8 +180,8 @@ def load_torchvision(name, data_dir):
     """A data set as torchvision reads it -> train, test, classes.
 
     train, test: pairs of images (N, C, H, W) uint8 and labels (N,). Raises
-    FileNotFoundError where it is missing and cannot be downloaded, and ValueError where
-    a file of MNIST is damaged, which torchvision does not notice.
+    FileNotFoundError where it is missing and cannot be downloaded, and ValueError, which
+    names the file, where one of MNIST is damaged.
     """
     folder = data_dir if name == "CIFAR10" else data_dir / name / "raw"
     for path in sorted(folder.glob("*-ubyte")):
@@ -212,7 +215,7 @@ def check_mnist_file(path):
     header = np.fromfile(path, ">i4", count).astype(np.int64)
     expected = 4 * len(header) + header[1:].prod()
     size = path.stat().st_size
-    if not len(header) or size != expected:
+    if len(header) < count or size != expected:
         raise ValueError(f"{path} is damaged: it has {size:,} bytes, and its header "
                          "says otherwise. Delete it, and it is made anew")
 
@@ -343,6 +346,9 @@ def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
     on, unless it has some already.
     """
     train, calibration = split(data.train_classes, seed, fpr)
+    if data.copies is not None and len(calibration):
+        raise ValueError("copies have the numbers of all images, so none may be set "
+                         "aside: use fpr=None")
 
     # Without a Backbone, a model sees the images themselves.
     normals, test, copies = data.train, data.test, data.copies
@@ -359,16 +365,13 @@ def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
         if not backbone.fitted:
             backbone.fit_statistics(normals[train])
 
-    in_bank = data.copy_in_bank
-    if copies is not None and in_bank is None:              # not said: all are
-        in_bank = torch.ones(len(copies), dtype=torch.bool)
     return Inputs(
         train=normals[train],
         train_categories=[data.train_categories[i] for i in train],
         calibration=normals[calibration],
         calibration_categories=[data.train_categories[i] for i in calibration],
         test=test, prepare=prepare, images=images, copies=copies, copy_of=data.copy_of,
-        copy_in_bank=in_bank)
+        copy_in_bank=data.copy_in_bank)
 
 
 def split(classes, seed, fpr=0.05):
@@ -376,9 +379,9 @@ def split(classes, seed, fpr=0.05):
 
     classes: N names -> two tensors of indices, sorted. fpr: the share of false alarms
     (the false positive rate) that the threshold shall allow. 0.05 needs 19 images. Of
-    each class as many are set aside as `fpr` needs, but no more than a third. A tenth
-    is the least, and one image, if there are two. The seed draws them. fpr=None sets
-    none aside.
+    each class as many are set aside, or a third where that is less; but never fewer
+    than a tenth, nor than one image, if there are two. The seed draws them. fpr=None
+    sets none aside.
     """
     if fpr is None:
         return torch.arange(len(classes)), torch.arange(0)

@@ -1,12 +1,14 @@
 """The loss landscape around a trained model, after Li et al. 2018.
 
-LAMP's argument (Park et al. 2023, Sec. 2.1 and 3.2) is a picture. Around the weights w
-of a trained model, along two random directions d and e, the loss
+LAMP's argument (Park et al. 2023, Fig. 1 and 3) is a picture. Around the weights w of a
+trained model, along two random directions d and e, the loss
 
     f(a, b) = loss(w + a d + b e)
 
 should be steeper with LAMP. Each filter of a direction gets the norm that this filter
 has in w (filter normalization), so that models of different scale can be compared.
+Drawn like that it is steeper. Drawn under one loss for both models, no difference is
+shown (results/landscape.md).
 
     python landscape.py               a linear model's surface beside its closed form
     python landscape.py RUN RUN...    runs of train.py, side by side
@@ -20,16 +22,9 @@ On your own model, in evaluation mode, however its loss is computed:
     loss_at = loss_at_weights(model, lambda: float(my_loss(model(x), y)), d, e)
     z = surface(loss_at, xs, ys, "my.npz")      # after Ctrl-C, the same line goes on
 
-Which surface is LAMP's? Eq. 2 divides by the largest error, which changes from point to
-point. A training step treats it as a constant (`detach`). The picture, too, needs one
-constant for all its points, so it divides by the largest error that occurs at any of
-them (`HeldLamp`). That is the error of a corner, far above the error that training
-divided by. Near the trained weights, the loss that is drawn is therefore amplified less
-than the loss that was trained. With --maximum moving, each point is divided by its own
-largest error.
-
 L2 and LAMP are different functions, so their own surfaces compare scales as well as
-shapes. With --under l2 the surfaces of all runs are drawn under one loss.
+shapes. With --under l2 the surfaces of all runs are drawn under one loss. LAMP needs
+one more choice to be drawn, see `HeldLamp`. A first reading ends at `model_surface`.
 """
 import argparse
 import itertools
@@ -155,12 +150,14 @@ def write_surface(path, z, xs, ys):
 class HeldLamp(nn.Module):
     """LAMP with a maximum in Eq. 2 that does not move, so that it can be drawn.
 
-    The maximum is the largest error of all points drawn, of each image (over="image")
-    or of all images together (over="batch"). Call `observe` at every point before the
-    first `forward`.
+    Eq. 2's maximum changes from point to point. Here it is held at the largest error
+    that any drawn point has, of each image (over="image") or of all together
+    (over="batch"). Call `raise_maximum` at every point before the first `forward`. With
+    a smaller maximum, 1 - L' would be negative somewhere.
 
-    The maximum at the trained weights would not do. At points with a larger error,
-    1 - L' would be negative, and its logarithm is not defined.
+    The price: near the trained weights L' is smaller than it was in training, so less
+    is amplified there. With --maximum moving each point is divided by its own largest
+    error instead.
     """
 
     def __init__(self, loss="l2", eps=0.03, over="image"):
@@ -168,7 +165,7 @@ class HeldLamp(nn.Module):
         self.base_loss, self.eps, self.over = BASE_LOSSES[loss], eps, over
         self.maximum = torch.tensor(1e-30)
 
-    def observe(self, y_hat, y):
+    def raise_maximum(self, y_hat, y):
         """Raise the maximum to these errors, for the same images at each point.
 
         -> the maximum of these errors alone, averaged over the images, to be printed.
@@ -188,15 +185,15 @@ def model_surface(model, criterion, x, y, xs, seed=0, path=None):
         return float(criterion(model(x), y))
 
     def largest_error():
-        return float(criterion.observe(model(x), y))
+        return float(criterion.raise_maximum(model(x), y))
 
     model.eval()
     # Seeds 2 s and 2 s + 1, so that no two settings share a direction.
     d = random_direction(model.parameters(), 2 * seed)
     e = random_direction(model.parameters(), 2 * seed + 1)
 
-    # A maximum that is held must have seen all points first. This surface of maxima is
-    # computed for that, and to print its center.
+    # A maximum that is held needs two passes over the points. The first one raises it;
+    # of its values only the one in the center is printed.
     if isinstance(criterion, HeldLamp):
         maxima = surface(loss_at_weights(model, largest_error, d, e), xs, xs)
         center = maxima[len(xs) // 2, len(xs) // 2]
@@ -250,16 +247,18 @@ def color_range(panels):
     return low, high
 
 
-def draw(path, panels, settings, what, rows=1, solid=True):
+def draw(path, panels, settings, what, columns=None):
     """Draw surfaces with the same contour levels and colors.
 
-    panels: [(title, z), ...]. solid: draw them as solids above their contours, in one
-    row (Fig. 1), or else contours alone in `rows` rows (Fig. 3). what: for the footer.
+    panels: [(title, z), ...]. They are drawn as solids with their contours below, side
+    by side (Fig. 1). With `columns`, as contours alone, so many in a row (Fig. 3).
+    what: for the footer.
     """
     xs = settings.xs
     low, high = color_range(panels)
-    columns = len(panels) // rows
-    rows = 2 if solid else rows                     # solids, and contours below them
+    solid = columns is None
+    columns = columns or len(panels)
+    rows = 2 if solid else len(panels) // columns
     figure = Figure((4.2 * columns + 0.8, 4.0 * rows), layout="constrained")
     for number, (title, z) in enumerate(panels, 1):
         first = figure.add_subplot(rows, columns, number, title=title,
@@ -294,7 +293,7 @@ def criterion_of(loss, lamp, eps, over, detach, maximum):
     """The loss that is drawn. maximum: "held" or "moving", see `Settings`.
 
     A run with detach=False was trained through the maximum, so for it the maximum moves
-    in the picture, too. Otherwise `detach` changes gradients, and none are taken here.
+    in the picture, whatever `maximum` says.
     """
     if lamp and detach and maximum == "held":
         return HeldLamp(loss, eps, over)
@@ -304,7 +303,8 @@ def criterion_of(loss, lamp, eps, over, detach, maximum):
 def open_run(run, settings):
     """A run -> its config, its model, and training images as the model sees them.
 
-    Raises ValueError where the model was solved, not trained by a loss.
+    The images are the first ones, in the order of the data set. Raises ValueError where
+    the model was solved, not trained by a loss.
     """
     state, model = ev.load_run(run)
     c = dict(state["config"])
@@ -355,7 +355,7 @@ def train_classifier(lamp, batch_size, seed, settings):
 # ---- the paper's figures ----
 
 def figure_1(settings, out):
-    """The paper's Fig. 1: autoencoders trained with L2 and L2-LAMP.
+    """The paper's Fig. 1: autoencoders trained with L2 (left) and L2-LAMP.
 
     The digit 3 and batch size 32 are our choice. The paper does not name its own.
     """
@@ -371,11 +371,11 @@ def compare_runs(runs, settings, out, under="own"):
     under: the loss that is drawn, each run's "own", or "l1", "l2" or "ssim" for all.
     Raises ValueError where two runs differ in their architecture.
     """
-    panels, shapes_of_first, any_held = [], None, False
+    panels, shapes_of_first, maxima = [], None, set()
     for run in runs:
         c, model, x = open_run(run, settings)
 
-        # The same random draws are the same directions only in equal architectures.
+        # The same random draws need equal shapes. Each run scales them by its filters.
         shapes = [p.shape for p in model.parameters()]
         shapes_of_first = shapes_of_first or shapes
         if shapes != shapes_of_first:
@@ -385,7 +385,8 @@ def compare_runs(runs, settings, out, under="own"):
         loss, lamp = (c["loss"], c["lamp"]) if under == "own" else (under, False)
         criterion = criterion_of(loss, lamp, c["eps"], c["over"], c["detach"],
                                  settings.maximum)
-        any_held = any_held or isinstance(criterion, HeldLamp)
+        if lamp:
+            maxima.add("held" if isinstance(criterion, HeldLamp) else "moving")
 
         # Its surface. Points that are in its file already are not computed again.
         drawn = loss, lamp, c["eps"], c["over"], c["detach"], settings.maximum
@@ -393,7 +394,7 @@ def compare_runs(runs, settings, out, under="own"):
         z = model_surface(model, criterion, x, x, settings.xs, settings.seed, path)
         name = c["loss"].upper() + ("-LAMP" if c["lamp"] else "")
         panels.append((f"{name}, batch size {c['batch_size']}, under {under} loss", z))
-    maximum = f"; Eq. 2's maximum {settings.maximum}" if any_held else ""
+    maximum = f"; Eq. 2's maximum {' and '.join(sorted(maxima))}" if maxima else ""
     draw(out, panels, settings, f"{', '.join(runs)}{maximum}; {len(x)} images")
 
 
@@ -421,7 +422,7 @@ def figure_3(settings, out):
         panels.append((f"{loss}, batch size {batch_size}", z))
     what = (f"encoders that predict MNIST's classes, {settings.epochs} epochs, "
             f"{len(x)} images; maximum {settings.maximum}")
-    draw(out, panels, settings, what, rows=2, solid=False)
+    draw(out, panels, settings, what, columns=3)
 
 
 # ---- the command ----
@@ -489,6 +490,8 @@ def parse(argv):
         parser.error("--images and --epochs start at 1, --seed at 0")
     if args.runs and args.figure:
         parser.error("give runs, or --figure, not both")
+    if args.under != "own" and not args.runs:
+        parser.error("--under is for runs: give their folders")
     return parser, args
 
 
@@ -503,7 +506,7 @@ def main(argv=None):
         maximum=args.maximum,
         data_dir=args.data_dir,
         command=shlex.join(["python", "landscape.py", *argv]))
-    # Far from the trained weights numbers become tiny, and arithmetic on them slow.
+    # Denormal numbers, which are tiny, are slow on a CPU. They are rounded to 0.
     torch.set_flush_denormal(True)
     try:
         if args.figure == 1:
