@@ -180,8 +180,8 @@ def load_torchvision(name, data_dir):
     """A data set as torchvision reads it -> train, test, classes.
 
     train, test: pairs of images (N, C, H, W) uint8 and labels (N,). Raises
-    FileNotFoundError where it is missing and cannot be downloaded, and ValueError, which
-    names the file, where one of MNIST is damaged.
+    FileNotFoundError where it is missing and cannot be downloaded, and ValueError,
+    which names the file, where one of MNIST is damaged.
     """
     folder = data_dir if name == "CIFAR10" else data_dir / name / "raw"
     for path in sorted(folder.glob("*-ubyte")):

@@ -97,8 +97,7 @@ def share_of_turned(photos, kind, backbone):
     images = torch.cat([photos, turned_copies(photos)])
     names = [f"{kind}, to decide on turning"] * len(images)
     features = cached_features(backbone, images, names, ev.FEATURE_CACHE)
-    if not backbone.fitted:
-        backbone.fit_statistics(features[:len(photos)])
+    backbone.fit_statistics(features[:len(photos)])
     features = backbone.standardize(features.to(backbone.mean.device))
     features = F.avg_pool2d(features, max(1, features.shape[-1] // 14))
     tokens = features.unflatten(0, (TURNS, -1)).flatten(3).mT       # (turns, N, g g, C)
@@ -145,8 +144,10 @@ def stands(scores_of, limit, photos):
 
 def stands_in_words(stood, photos):
     """What `stands` has found on so many photos, as sentences."""
+    most = {name: max(value for value, _ in steps) for name, steps in STEPS.items()}
     return (f"Tried on {photos} of the photos: nearly all pass if the camera moves by "
             f"{100 * stood['shift']:.2g} % of the picture or turns by "
             f"{stood['degrees']:g} degrees, or if the light is "
             f"{100 * stood['darker']:.0f} % less or {100 * stood['brighter']:.0f} % "
-            "more. (More than 1.6 %, 4 degrees and 25 % was not tried.)")
+            f"more. (More than {100 * most['shift']:.2g} %, {most['degrees']:g} degrees "
+            f"and {100 * most['darker']:.0f} % was not tried.)")

@@ -7,6 +7,7 @@
 on white, 16 and 32 bits brought to 8. `read_folder` finds out which photos are of good
 parts and which are to test by, see LAYOUT. What cannot be used is named and left out.
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -14,7 +15,6 @@ import re
 import sys
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from scipy.sparse.csgraph import connected_components
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # the folder of data.py
 from data import Data, shrink_mask, with_progress
 
 try:                                                # photos of phones, if it is there
@@ -76,8 +75,8 @@ class Folder(NamedTuple):
     """What a folder holds. Files are named relative to it."""
     data: Data
     files: list                     # N paths, of data.train
-    test_files: list                # M paths, of data.test
     keys: list                      # N hashes of what data.train shows
+    tests: str                      # a hash of what there is to test by
     shapes: list                    # N pairs (width, height)
     root: Path
     white: float                    # see `find_white`, or None
@@ -109,7 +108,7 @@ def say(names, one, many, most=3):
 
 # ---- one photo ----
 
-@contextmanager
+@contextlib.contextmanager
 def opened(source):
     """A file, a Pillow image or an array as a Pillow image.
 
@@ -120,7 +119,7 @@ def opened(source):
         source = from_array(np.asarray(source))
     try:
         if isinstance(source, Image.Image):
-            yield source.copy()
+            yield source
         else:
             name = printable(source)
             if Path(source).suffix.lower() in HEIC and pillow_heif is None:
@@ -171,8 +170,6 @@ def find_white(largest):
         return None
     if largest <= 1.05:
         return 1.0
-    if not largest < math.inf:
-        return math.inf
     bits = 8
     while largest > 2.0 ** bits - 1:
         bits += 2
@@ -320,11 +317,15 @@ def list_images(paths):
         if not path.is_dir():
             found.append(path)
             continue
+        visited = {path.resolve()}                      # links may lead back
         for folder, folders, names in os.walk(path, onerror=closed.append,
                                               followlinks=True):
             own = own_names({*folders, *names})
-            own |= {name for name in folders if leads_back(folder, name)}
-            folders[:] = sorted({*folders} - own)
+            # Folders come before links, so that a file keeps its own name.
+            below = [Path(folder, name) for name in {*folders} - own]
+            below.sort(key=lambda path: (path.is_symlink(), path.name))
+            folders[:] = [path.name for path in below
+                          if is_new(path.resolve(), visited)]
             for name in sorted({*names} - own):
                 image = Path(name).suffix.lower() in SUFFIXES
                 (found if image else other).append(Path(folder, name))
@@ -333,10 +334,11 @@ def list_images(paths):
     return found + [Path(error.filename) for error in closed]
 
 
-def leads_back(folder, name):
-    """Whether a link in a folder leads to this folder, or to one that it lies in."""
-    link = Path(folder, name)
-    return link.is_symlink() and Path(folder).resolve().is_relative_to(link.resolve())
+def is_new(folder, visited):
+    """Whether a folder was not visited before. Now it is."""
+    known = folder in visited
+    visited.add(folder)
+    return not known
 
 
 def own_names(names):
@@ -445,8 +447,9 @@ def read_folder(root, size, white=None):
     return Folder(
         data=data, root=root, white=white, unreadable=unreadable,
         files=[path.relative_to(root).as_posix() for path, _, _ in train],
-        test_files=[path.relative_to(root).as_posix() for path, _, _ in test],
         keys=[keys[path] for path, _, _ in train],
+        tests=tests_key([(keys[path], name, label) for path, name, label in test],
+                        data.masks),
         shapes=[photos[path].shape for path, _, _ in train],
         parts=parts_shown(data))
 
@@ -500,15 +503,20 @@ def content_key(pixels):
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
+def tests_key(rows, masks):
+    """A hash of what there is to test by. rows: (what a photo shows, kind, label)."""
+    shown = b"" if masks is None else masks.numpy().tobytes()
+    return hashlib.sha256(repr(sorted(rows)).encode() + shown).hexdigest()
+
+
 def white_of(files):
     """`find_white` for all of these files. What cannot be read is found out later."""
     largest = 0.0
     for path in files:
-        try:
-            with opened(path) as image:
-                largest = max(largest, largest_value(image))
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError), opened(path) as image:
+            if largest_value(image) > largest:
+                to_rgb(image, None, "white")            # what is refused does not count
+                largest = largest_value(image)
     return find_white(largest)
 
 

@@ -13,6 +13,7 @@ and 2 where one could not be read or judged, or the command itself is wrong. No 
 Python has one of these (it has 1).
 """
 import argparse
+import contextlib
 import csv
 import math
 import os
@@ -20,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -84,8 +86,10 @@ class Judge:
         if not 0 < self.fpr < 1:
             raise ValueError(f"false alarms {self.fpr:g}: expected a share between 0 "
                              "and 1, such as .05 for 5 %")
-        if threshold is not None and math.isnan(threshold):
+        if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"threshold {threshold}: expected a number")
+        if threshold is not None and false_alarms is not None:
+            raise ValueError("give a threshold or a share of false alarms, not both")
         self.given, self.thresholds = threshold, {}
         for name in self.kinds:
             how = self.config["score"]
@@ -177,17 +181,17 @@ class Judge:
 
     def promise(self, kind):
         """What may be expected of the threshold of a kind, as sentences."""
-        limit, photos = self.thresholds[kind], self.calibration.images[kind]
+        limit = self.thresholds[kind]
         if limit is None:
             return "There is no threshold: too few photos were learned."
         if self.given is None:
-            different = (self.learned or {}).get("different", {}).get(kind)
-            return f"Threshold {limit:.4g}. {promise(photos, self.fpr, different)}"
+            return f"Threshold {limit:.4g}. {promise_of(self.state, kind, self.fpr)}"
         # The photos themselves come first, and after them the copies made of them.
+        photos = self.calibration.images[kind]
         scores = self.calibration.scores[kind][:photos]
         above = int((scores > limit).sum())
         return (f"Threshold {limit:.4g}, as given. {above} of the {photos} good photos "
-                "that were learned exceed it.")
+                "by which learning sets one exceed it.")
 
 
 def heat_map_of(errors, kind, limit, c, calibration):
@@ -198,31 +202,42 @@ def heat_map_of(errors, kind, limit, c, calibration):
     """
     errors, size = errors[None], calibration.size
     if c["score"] == "standardized":
-        maps = ev.blurred(errors, c, size, 64)
+        maps = ev.blurred(errors, c, size, ev.SCORE_BLUR)
         maps = ev.standardize(maps, calibration.statistics[kind])
         one = limit if limit and limit > 0 else 1.0
     else:
-        maps = ev.blurred(errors, c, size, 32)
+        maps = ev.blurred(errors, c, size, ev.PICTURE_BLUR)
         one = calibration.color_limit / 2
     return (ev.heat_maps(maps, size)[0] / one).numpy()
 
 
-def promise(photos, fpr, different=None):
+def promise_of(state, kind, fpr):
+    """What the threshold of a kind promises, as sentences. state: of the run."""
+    calibration = ev.Calibration(**state["calibration"])
+    # Where a kind has too few photos of its own, those of all kinds set its threshold.
+    kinds = ev.set_by(kind, calibration, state["config"]["score"], fpr)
+    photos = sum(calibration.images[name] for name in kinds)
+    parts = state.get("photos", {}).get("different")        # None of a run of train.py
+    different = sum(parts[name] for name in kinds) if parts else photos
+    return promise(photos, fpr, different, " of all kinds" * (len(kinds) > 1))
+
+
+def promise(photos, fpr, different, of_kinds=""):
     """What a threshold set by so many photos promises, as sentences.
 
-    different: how many parts they show, where near-copies count as one photo. By
-    default all are different. A near-copy fits its twin better than a new part fits
-    any photo, so with near-copies the share is a lower bound.
+    different: how many parts they show, where near-copies count as one photo. A
+    near-copy fits its twin better than a new part fits any photo, so with near-copies
+    the share is a lower bound. of_kinds: a word on which photos they are.
     """
-    needed = math.ceil(round(1 / fpr, 9)) - 1
-    by = f"{photos} good photo{'s' * (photos != 1)}"
-    if different is None or different == photos:
+    needed = ev.images_needed(fpr)
+    by = f"{photos} good photo{'s' * (photos != 1)}{of_kinds}"
+    if different == photos:
         if photos >= needed:
             return (f"About {percent(fpr)} of new good parts will exceed it. (It was "
                     f"set by {by}.)")
-        return (f"It was set by {by}, which are too few to promise {percent(fpr)}: up "
-                f"to {percent(1 / (photos + 1))} of new good parts may exceed it. For "
-                f"{percent(fpr)}, at least {needed} photos are needed.")
+        return (f"It was set by {by}, which are too few to promise {percent(fpr)}: "
+                f"about {percent(1 / (photos + 1))} of new good parts may exceed it. "
+                f"For {percent(fpr)}, at least {needed} photos are needed.")
     by += f" that show about {different} different part{'s' * (different != 1)}"
     if different >= needed:
         return (f"About {percent(fpr)} of new good parts will exceed it, or more. (It "
@@ -285,7 +300,7 @@ class Report:
 
     def __init__(self, folder, page=True, several=False):
         self.folder, self.page, self.several, self.rows = folder, page, several, []
-        self.stream = None
+        self.stream, self.broken = None, False
         if folder is None:
             return
         if page:
@@ -305,7 +320,7 @@ class Report:
             self.write_row(file, photo, verdict)
         except OSError as error:
             print(f"table and page end here: {error}", file=sys.stderr)
-            self.stream = None
+            self.stream, self.broken = None, True
 
     def write_row(self, file, photo, v):
         table = csv.writer(self.stream)
@@ -349,6 +364,7 @@ class Report:
                 complete.append(self.folder / "judged.html")
         except OSError as error:
             print(f"table and page are not complete: {error}", file=sys.stderr)
+            self.broken = True
         return complete
 
 
@@ -383,7 +399,7 @@ def new_folder(run, out):
 
 def lead_to_latest(folder, run):
     """Let RUN/judged.html lead to the page in `folder`, if the run can be written."""
-    address = os.path.relpath(folder / "judged.html", run).replace(os.sep, "/")
+    address = quote(os.path.relpath(folder / "judged.html", run).replace(os.sep, "/"))
     part = Path(run) / f"judged-{os.getpid()}.tmp"
     try:
         part.write_text(
@@ -392,7 +408,8 @@ def lead_to_latest(folder, run):
             encoding="utf-8")
         os.replace(part, Path(run) / "judged.html")
     except (OSError, ValueError):
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):              # the run may be read-only
+            part.unlink()
 
 
 # ---- what a call adds up to ----
@@ -429,6 +446,11 @@ class Seen:
         looks = self.appearances.setdefault(verdict.kind, [])
         looks.append(appearance(photo.pixels[None])[0])
 
+    def count(self):
+        """How many photos there were."""
+        without = len(self.unreadable) + len(self.no_verdict)
+        return self.normal + self.anomalous + without
+
     def status(self):
         """The exit status."""
         if self.interrupted:
@@ -440,8 +462,7 @@ class Seen:
 
 def summary(judge, seen):
     """How many of how many, and what speaks against trusting it: lines."""
-    judged = seen.normal + seen.anomalous
-    count = judged + len(seen.unreadable) + len(seen.no_verdict)
+    judged, count = seen.normal + seen.anomalous, seen.count()
     parts = [f"{seen.anomalous:,} anomalous, {seen.normal:,} normal"]
     if seen.doubtful:
         parts.append(f"{seen.doubtful:,} of all within 10 % of the threshold")
@@ -522,10 +543,11 @@ def line_of(verdict, several):
 
 def run_command(args):
     """Judge what the command line names -> the exit status."""
-    judge = Judge(args.run, args.kind, args.false_alarms, args.threshold, args.device)
+    judge = Judge(args.run, args.kind, args.false_alarms, args.threshold,
+                  ev.pick_device(args.device))
     if not any(map(os.path.lexists, args.images)):
         raise ValueError(f"no such file or folder: {name_some(args.images)}")
-    files = list_images(args.images)
+    files = list(dict.fromkeys(list_images(args.images)))       # each once
     if not files:
         raise ValueError(f"there are no images in {name_some(args.images)}: nothing "
                          "was judged")
@@ -539,10 +561,13 @@ def run_command(args):
     try:
         judge_files(judge, files, report, seen, args.all)
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {len(files):,} were to be judged")
+        print("\ninterrupted")
         seen.interrupted = True
     finally:                                            # what was judged stays
         lines = summary(judge, seen)
+        if seen.count() < len(files):
+            lines.insert(0, f"WARNING: broken off after {seen.count():,} of "
+                            f"{len(files):,} photos.")
         complete = report.close(lines + promises)
 
     print("\n" + "\n".join(lines))
@@ -552,14 +577,14 @@ def run_command(args):
         else:
             lead_to_latest(folder, args.run)
             print(f"page:  {printable(path)}   (open it in a browser)")
-    return seen.status()
+    return NO_VERDICT if report.broken else seen.status()
 
 
 def parser():
     p = argparse.ArgumentParser(
         description="Judge new photos.", allow_abbrev=False,
         epilog="Exit status: 0 all are normal, 10 some are anomalous, 2 something "
-               "could not be read or judged, whatever the others are.")
+               "could not be read, judged or written, whatever the others are.")
     add = p.add_argument
     add("run", help="a folder that photos/learn.py or train.py wrote")
     add("images", nargs="+", help="files, and folders of files")
@@ -568,7 +593,8 @@ def parser():
     add("--false-alarms", type=float, metavar="SHARE",
         help="the share of good parts that may be called anomalous, such as .01 "
              "(default: as learned)")
-    add("--threshold", type=float, help="a score: what exceeds it is anomalous")
+    add("--threshold", type=float,
+        help="a score, instead of --false-alarms: what exceeds it is anomalous")
     add("--all", action="store_true", help="print a line for normal photos, too")
     add("--page", action=argparse.BooleanOptionalAction, default=True,
         help="make the page and its pictures (default)")

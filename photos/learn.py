@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from data import split, to_float
 from photos.copies import NEAREST_ARE_TURNED, add_copies, stands, stands_in_words
 from photos.images import (appearance, aspect, name_some, printable, read_folder,
                            read_photo)
-from photos.judge import heat_map_of, looks_of, nearest_look, promise
+from photos.judge import heat_map_of, looks_of, nearest_look, promise_of
 from photos.page import Row, embedded, lay_over, write_page
 
 # What learns photos if nothing else is said: PatchCore's memory bank on features whose
@@ -64,9 +65,15 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
     """
     started, folder = time.monotonic(), Path(folder)
     out = Path(out or Path("runs", folder.resolve().name))
+    if out.resolve() == Path(ev.FEATURE_CACHE).resolve():
+        raise ValueError(f"{out} keeps features of photos. Name another folder by --out")
+    fpr = given.get("fpr")
+    if fpr is not None and not 0 < fpr < 1:
+        raise ValueError(f"--false-alarms {fpr:g}: expected a share between 0 and 1, "
+                         "such as .05 for 5 %")
     c = config_for(model, given) | {"out": str(out), "pictures": False}
     c = train.with_defaults(c)
-    before, stamp = earlier(out), stamp_of(out)
+    stamp, before = stamp_of(out), earlier(out, again)
     photos = read_folder(folder, c["image_size"])
     print_folder(photos)
     if before and not again:
@@ -77,7 +84,11 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
             print_next(out)
             return out
 
-    rows, lines = make_run(c, photos, out, before, stamp, command)
+    try:
+        rows, lines = make_run(c, photos, out, before, stamp, command)
+    except KeyboardInterrupt:
+        print("\nnothing was replaced", file=sys.stderr)
+        raise
     print(f"\nLearned in {time.monotonic() - started:.0f} s.", *lines, sep="\n")
     print_where(out, rows)
     return out
@@ -89,7 +100,8 @@ def make_run(c, photos, out, before, stamp, command):
     before, stamp: the run that is there, see `earlier` and `stamp_of`.
     """
     c, data = prepare(c, photos)
-    part = out / f".learning-{os.getpid()}"
+    out.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".learning-", dir=out))
     try:
         there = c | {"out": str(part)}
         record = train.run(there, data=data, command=command, report=False)
@@ -104,6 +116,8 @@ def make_run(c, photos, out, before, stamp, command):
         replace_run(part, out, stamp)
     finally:
         shutil.rmtree(part, ignore_errors=True)         # of this learning alone
+        with contextlib.suppress(OSError):              # nothing else is in it
+            out.rmdir()
     return rows, lines
 
 
@@ -130,6 +144,7 @@ def complete(part, out, photos, data, record):
     state["config"]["out"] = str(out)
     state["photos"] = {
         "folder": str(photos.root), "files": photos.files, "keys": photos.keys,
+        "tests": photos.tests,
         "kinds": data.train_categories, "shapes": list(map(list, photos.shapes)),
         "appearance": appearance(data.train)}
     state["photos"]["different"] = count_different(state, photos.parts)
@@ -139,11 +154,19 @@ def complete(part, out, photos, data, record):
 
 # ---- the run on disk ----
 
-def earlier(out):
-    """The state of a run of photos that is in the folder `out`, or None."""
+def earlier(out, again=False):
+    """The state of a run of photos that is in the folder `out`, or None.
+
+    again: one that is damaged or of an older version counts as none.
+    """
     if not (out / "model.pt").exists():
         return None
-    state = ev.load_run(out, finished=False)[0]
+    try:
+        state = ev.load_run(out, finished=False)[0]
+    except ValueError as error:
+        if not again:
+            raise ValueError(f"{error}. Learn with --again to replace it") from None
+        return None
     if "photos" not in state:
         raise ValueError(f"{out} holds a run of train.py. Name another folder by --out")
     return state
@@ -180,7 +203,9 @@ def same_choice(before, c, photos):
     settled = ("device", "out", "epochs", "eval_every", "amp", "coreset", "components")
     same_photos = sorted(zip(learned["keys"], learned["kinds"])) == sorted(
         zip(photos.keys, photos.data.train_categories))
-    return same_photos and all(old[key] == c[key] for key in c if key not in settled)
+    same_tests = learned.get("tests") == photos.tests
+    return same_photos and same_tests and all(
+        old.get(key) == c[key] for key in c if key not in settled)
 
 
 # ---- how well each photo fits the others ----
@@ -249,12 +274,14 @@ def threshold_without(state, kind, unusual):
 
     The other photos keep the scores that they have. unusual: numbers of photos.
     """
-    own = list(scores_of(state, kind))
-    scores = state["calibration"]["scores"][kind]
-    # Copies come in rounds, each in the order of the photos.
-    kept = [score for i, score in enumerate(scores.tolist())
-            if own[i % len(own)] not in unusual]
-    return ev.threshold(kept, state["config"]["fpr"])
+    calibration, c = ev.Calibration(**state["calibration"]), state["config"]
+    kept = []
+    for name in ev.set_by(kind, calibration, c["score"], c["fpr"]):
+        own = list(scores_of(state, name))
+        # Copies come in rounds, each in the order of the photos.
+        kept += [score for i, score in enumerate(calibration.scores[name].tolist())
+                 if own[i % len(own)] not in unusual]
+    return ev.threshold(kept, c["fpr"])
 
 
 def rows_of(state, model, photos, inputs):
@@ -337,13 +364,14 @@ def what_is_stood(state, model, kind, data, device):
     members = [i for i, other in enumerate(data.train_categories) if other == kind]
     numbers = torch.tensor(members[:TO_MOVE])
 
-    def scores_of(images):
+    def scores_of_moved(images):
         seen = torch.cat([backbone.extract(to_float(some.to(device)))
                           for some in images.split(4)])
         errors = ev.error_maps(model, seen, backbone.standardize, leave_out=numbers)
         return ev.category_scores(errors, [kind], c, calibration)[:, 0]
 
-    stood = stands(scores_of, calibration.thresholds[kind], data.train[numbers])
+    limit = calibration.thresholds[kind]
+    stood = stands(scores_of_moved, limit, data.train[numbers])
     return stands_in_words(stood, len(numbers))
 
 
@@ -357,8 +385,7 @@ def after_learning(state, model, record, data, inputs, before):
             lines.append(f"{named}There is no threshold: a single photo is too few. "
                          "Add photos.")
             continue
-        promised = promise(calibration.images[kind], c["fpr"],
-                           state["photos"]["different"][kind])
+        promised = promise_of(state, kind, c["fpr"])
         lines.append(f"{named}Threshold {limit:.4g}. {promised}")
         if c["model"] == "nearest":
             lines.append("  " + what_is_stood(state, model, kind, data, c["device"]))
@@ -515,7 +542,7 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         parser().exit(2, f"learn.py: {error}\n")
     except KeyboardInterrupt:
-        parser().exit(130, "\ninterrupted: nothing was replaced\n")
+        parser().exit(130, "\ninterrupted\n")
     raise SystemExit(0)
 
 

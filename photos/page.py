@@ -125,11 +125,14 @@ map.</p></header>
 
 
 def text_of(facts):
-    """Lines as HTML. Many of them, or a table, are shown when they are asked for."""
-    if len(facts) <= 8:
-        return "".join(f"<p>{html.escape(fact)}</p>\n" for fact in facts)
-    return ("<details><summary>What was said</summary><pre>"
-            + html.escape("\n".join(facts)) + "</pre></details>\n")
+    """Lines as HTML. Of many of them, only warnings are shown until all are asked for."""
+    many = len(facts) > 8
+    shown = [fact for fact in facts if not many or "WARNING" in fact or "LOOK" in fact]
+    text = "".join(f"<p>{html.escape(fact)}</p>\n" for fact in shown)
+    if many:
+        text += ("<details><summary>What was said</summary><pre>"
+                 + html.escape("\n".join(facts)) + "</pre></details>\n")
+    return text
 
 
 def figure(row):

@@ -346,6 +346,24 @@ def test_a_link_to_a_folder_is_followed_unless_it_leads_back():
     assert found == ["good/050.png", "good/linked/000.png", "good/linked/001.png"]
 
 
+def test_folders_that_lead_to_each_other_are_listed_once_and_files_judged_once(
+        learned_once):
+    for name in "ab":
+        save(part(0), f"set/{name}/0.png")
+    Path("set/a/to_b").symlink_to("../b")
+    Path("set/b/to_a").symlink_to("../a")
+    assert len(images.list_images(["set"])) == 2
+    take(learned_once, "pca")
+    assert "24 photos: " in judged("runs/good good good/000.png")
+
+
+def test_only_images_that_can_be_read_set_the_white_of_16_bits():
+    dark, infinite = np.full((8, 8), 1000, np.uint16), np.full((8, 8), math.inf)
+    Image.fromarray(dark).save("a.png")
+    Image.fromarray(infinite.astype(np.float32)).save("b.tif")
+    assert images.white_of([Path("a.png"), Path("b.tif")]) == 1023
+
+
 def mask_of(masks, size=16):
     """What `read_folder` makes of masks {place: image} of the only test photo."""
     shutil.rmtree("set", ignore_errors=True)
@@ -499,7 +517,7 @@ def test_the_share_of_turned_is_counted_token_by_token(monkeypatch):
     features = torch.randn(8 * 3, 5, 2, 2)                  # 8 positions of 3 photos
     monkeypatch.setattr(copies, "cached_features", lambda *_: features)
     backbone = SimpleNamespace(
-        fitted=True, mean=torch.zeros(1), standardize=torch.clone)
+        mean=torch.zeros(1), standardize=torch.clone, fit_statistics=len)
     turned = 0
     for i in range(3):
         for token in features[i].flatten(1).T:
@@ -545,7 +563,7 @@ def test_of_few_photos_it_is_said_what_their_threshold_can_promise(count):
         assert "About 5 % of new good parts will exceed it" in text
     else:
         share = f"{100 / (count + 1):.2g} %"
-        assert f"up to {share} of new good parts may exceed it" in text
+        assert f"about {share} of new good parts may exceed it" in text
         assert "at least 19 photos are needed" in text
     assert f"by {count} good photos" in judged("runs/good good")
 
@@ -597,7 +615,28 @@ def test_learning_again_takes_in_new_photos_and_says_what_has_changed(learned_on
     assert "3 new (050.png, 051.png, 052.png), 1 gone (001.png)" in text
     assert re.search(r"The threshold of good was \S+ and is \S+ now", text)
     assert learn.stamp_of(Path("runs/good")) != stamp
+    Path("runs/good/model.pt").write_bytes(b"no run")
+    assert "--again to replace it" in call(learn.main, "good", 2)
     call(learn.main, "good --again")
+
+
+def test_new_photos_to_test_by_are_learning_s_business_too():
+    make_set("bolt")
+    call(learn.main, "set --model pca")
+    assert "Nothing is new" in call(learn.main, "set --model pca")
+    part(77, defect=True).save("set/bolt/test/hole/new.png")
+    text = call(learn.main, "set --model pca")
+    assert "Nothing is new" not in text and "4 good and 5 defective" in text
+    assert "keeps features" in call(learn.main, "set --out runs/features", 2)
+    assert "such as .05 for 5 %" in call(learn.main, "set --false-alarms 5", 2)
+
+
+def test_few_photos_of_two_kinds_set_one_threshold_and_that_is_said():
+    for kind in "ab":
+        make_photos(f"set/{kind}/train/good", count=12, start=40 * (kind == "b"))
+    text = call(learn.main, "set")
+    assert text.count("by 24 good photos of all kinds") == 2
+    assert "by 24 good photos of all kinds" in judged("runs/set set/a --no-page")
 
 
 def test_a_run_is_replaced_by_a_complete_one_and_by_one_learning_only(
@@ -777,7 +816,7 @@ def test_the_threshold_is_the_user_s_without_learning_again(learned_once):
         assert ours.thresholds["good"] == ev.threshold(scores, fpr)
         assert f"About {100 * fpr:.2g} % of new good parts" in ours.promise("good")
     ours = Judge("runs/good", false_alarms=0.01)
-    assert "too few to promise 1 %: up to 4 %" in ours.promise("good")
+    assert "too few to promise 1 %: about 4 %" in ours.promise("good")
     middle = float(scores.median())
     assert Judge("runs/good", threshold=middle).thresholds["good"] == middle
     text = call(judge.main, f"runs/good good/000.png --threshold {middle - 1e9}", 10)
@@ -912,6 +951,13 @@ def test_photos_of_any_shape_are_judged_and_shown(learned_once):
     assert len(list((folder / "pictures").iterdir())) == 8
 
 
+def test_the_way_to_the_latest_page_holds_for_any_name_and_a_read_only_run():
+    Path("run").mkdir()
+    judge.lead_to_latest(Path("run/50% off"), "run")
+    assert 'href="50%25%20off/judged.html"' in Path("run/judged.html").read_text()
+    judge.lead_to_latest(Path("new"), "not/there")          # nothing can be written
+
+
 def test_no_table_and_no_page_are_named_that_are_not_there(learned_once, monkeypatch):
     take(learned_once, "pca")
     for option in ("", "--no-page"):
@@ -921,7 +967,7 @@ def test_no_table_and_no_page_are_named_that_are_not_there(learned_once, monkeyp
             shutil.rmtree("run")
             return []
         monkeypatch.setattr(judge, "differences", delete)   # after the last photo
-        text = call(judge.main, f"run good --threshold 1e9 {option}")
+        text = call(judge.main, f"run good --threshold 1e9 {option}", 2)
         assert "24 photos: 0 anomalous, 24 normal" in text
         assert "table: " not in text and "page: " not in text
         assert "table and page are not complete: " in text
@@ -931,6 +977,9 @@ def test_a_score_or_a_threshold_that_is_no_number_is_never_normal(learned_once):
     take(learned_once, "pca")
     text = call(judge.main, "runs/good good --threshold nan", 2)
     assert "threshold nan: expected a number" in text
+    call(judge.main, "runs/good good --threshold inf", 2)
+    text = call(judge.main, "runs/good good --threshold 3 --false-alarms .1", 2)
+    assert "not both" in text
     ours = Judge("runs/good")
     errors = torch.zeros(64, 64)
     assert ours.verdict("", "good", math.nan, errors).word == "anomalous"
@@ -950,7 +999,8 @@ def test_after_an_interruption_what_was_judged_is_in_the_table(
     monkeypatch.setattr(Judge, "judge", stop_at_the_second_batch)
     text = call(judge.main, "runs/good good", 130)
     rows, folder = table_of(text)
-    assert len(rows) == 8 and "interrupted: 24 were to be judged" in text
+    assert len(rows) == 8 and "broken off after 8 of 24 photos" in text
+    assert "broken off" in (folder / "judged.html").read_text()
     assert (folder / "judged.html").read_text().count("<figure") == 8
 
 

@@ -310,7 +310,7 @@ def separate():
 
 
 def strides():
-    """PCA, CNN and UniAD without the two finest stages; those with all four are above"""
+    """PCA, CNN and UniAD without the two finest stages of the four"""
     two = dict(strides=(8, 16))
     yield dict(SOLVED, model="pca", components=30, **two)
     for seed in (0, 1):
