@@ -145,9 +145,10 @@ def stands(scores_of, limit, photos):
 def stands_in_words(stood, photos):
     """What `stands` has found on so many photos, as sentences."""
     most = {name: max(value for value, _ in steps) for name, steps in STEPS.items()}
+    tried = (f"{100 * most['shift']:.2g} %, {most['degrees']:g} degrees and "
+             f"{100 * most['darker']:.0f} %")
     return (f"Tried on {photos} of the photos: nearly all pass if the camera moves by "
             f"{100 * stood['shift']:.2g} % of the picture or turns by "
             f"{stood['degrees']:g} degrees, or if the light is "
             f"{100 * stood['darker']:.0f} % less or {100 * stood['brighter']:.0f} % "
-            f"more. (More than {100 * most['shift']:.2g} %, {most['degrees']:g} degrees "
-            f"and {100 * most['darker']:.0f} % was not tried.)")
+            f"more. (More than {tried} was not tried.)")

@@ -66,7 +66,8 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
     started, folder = time.monotonic(), Path(folder)
     out = Path(out or Path("runs", folder.resolve().name))
     if out.resolve() == Path(ev.FEATURE_CACHE).resolve():
-        raise ValueError(f"{out} keeps features of photos. Name another folder by --out")
+        raise ValueError(f"{out} keeps features of photos. Name another folder by "
+                         "--out")
     fpr = given.get("fpr")
     if fpr is not None and not 0 < fpr < 1:
         raise ValueError(f"--false-alarms {fpr:g}: expected a share between 0 and 1, "

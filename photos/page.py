@@ -125,7 +125,7 @@ map.</p></header>
 
 
 def text_of(facts):
-    """Lines as HTML. Of many of them, only warnings are shown until all are asked for."""
+    """Lines as HTML. Of many, only warnings are shown until all are asked for."""
     many = len(facts) > 8
     shown = [fact for fact in facts if not many or "WARNING" in fact or "LOOK" in fact]
     text = "".join(f"<p>{html.escape(fact)}</p>\n" for fact in shown)
