@@ -117,11 +117,15 @@ def examples(out, runs, data_dir):
 
 
 def title_of(c):
-    """A run in words: "L2-LAMP", and of other models than ae also their name."""
+    """A run in words: "L2-LAMP", and of other models than ae also their name.
+
+    UniAD is named with its start.
+    """
     if "loss" not in c:
         return c["model"]
     loss = c["loss"].upper() + ("-LAMP" if c["lamp"] else "")
-    return loss if c["model"] == "ae" else f"{c['model']}, {loss}"
+    start = f" {c['start']} start,\n" if c["model"] == "uniad" else " "
+    return loss if c["model"] == "ae" else f"{c['model']},{start}{loss}"
 
 
 def curves(out, runs, data_dir=None):
