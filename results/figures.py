@@ -227,9 +227,9 @@ def copying(out, runs, data_dir=None):
     over_error.invert_xaxis()
     over_error.minorticks_off()
     over_error.set_xticks([0.02, 0.01, 0.005], ["0.02", "0.01", "0.005"])
-    figure.legend(loc="outside upper left", ncols=2, fontsize=8)
-    title = "MNIST, a code of 2x2x128, batch size 32, seeds 1 and 2"
-    figure.suptitle(title, fontsize=9)
+    over_epochs.set_title("MNIST, a code of 2x2x128", fontsize=9)
+    over_error.set_title("batch size 32, seeds 1 and 2", fontsize=9)
+    figure.legend(loc="outside upper left", ncols=3, fontsize=8)
     figure.supxlabel(f"python results/figures.py copying {out}", fontsize=7)
     figure.savefig(out, dpi=110)
 
@@ -301,8 +301,8 @@ def ways(out, runs, data_dir=None):
     """Four ways to keep a network from copying, as AUROC over the training error.
 
     A narrow code, a larger learning rate and LAMP are from tuned.csv: a line for each
-    code and loss, whose points are the learning rates. Stopping early is from
-    table1.csv, a line whose points are epochs.
+    code and loss, whose points are the learning rates. A short training is from
+    annealed.csv and table1.csv, a line whose points are runs of 3 to 8 epochs.
     """
     cells = defaultdict(list)
     for row in read("tuned"):
@@ -312,21 +312,21 @@ def ways(out, runs, data_dir=None):
     lines = defaultdict(list)
     for (line, _), values in sorted(cells.items()):
         lines[line].append(np.mean(values, axis=0))
-    stopped = np.mean([*judged_on_the_way()["L2"].values()], axis=0)    # over digits
-    lines["L2, code 2x2x128, stopped early"] = stopped[:, 1:]
+    short = [sorted(curve) for curve in judged_on_the_way()[ANNEALED].values()]
+    lines["L2, code 2x2x128, 3 to 8 epochs"] = np.mean(short, axis=0)[:, 1:]
 
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axis = figure.subplots()
     for line, points in lines.items():
         errors, aurocs = np.transpose(points)
-        style = "s--" if "early" in line else "o-" if "LAMP" in line else "s-"
+        style = "s--" if "epochs" in line else "o-" if "LAMP" in line else "s-"
         axis.plot(errors, aurocs, style, markersize=4, label=line)
     axis.set(xscale="log", xlabel="training error (squared, a pixel): more copying to "
              "the right", ylabel="image AUROC, mean over the digits")
     axis.invert_xaxis()
     axis.legend(fontsize=8)
     axis.set_title("MNIST, batch size 32; points: learning rates .0003 to .03, or "
-                   "epochs", fontsize=9)
+                   "3 to 8 epochs", fontsize=9)
     figure.supxlabel(f"python results/figures.py ways {out}", fontsize=7)
     figure.savefig(out, dpi=110)
 
