@@ -5,7 +5,6 @@
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
     python results/figures.py copying OUT.png           does AUROC fall with copying?
     python results/figures.py ways OUT.png              four ways against copying
-    python results/figures.py seconds OUT.png           image AUROC over seconds
     python results/figures.py route OUT.png RUN...      which tokens make an f_hat
 
 `examples` is the LAMP paper's Fig. 4: the same test images, as each run reconstructs
@@ -331,32 +330,8 @@ def ways(out, runs, data_dir=None):
     figure.savefig(out, dpi=110)
 
 
-def seconds(out, runs, data_dir=None):
-    """How good is a model after so many seconds of one core? From seconds.csv.
-
-    Trained models are lines over the time of their epochs, solved ones are points.
-    """
-    lines = defaultdict(list)
-    for row in read("seconds"):
-        if row["category"] == "mean":
-            start = f", {row['start']} start" if row.get("start") else ""
-            spent = row["training_seconds"] or row["seconds"]
-            lines[row["model"], start].append((spent, row["image_auroc"]))
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for (model, start), points in lines.items():
-        axis.plot(*zip(*points), "o-", markersize=4, label=f"{NAMES[model]}{start}")
-    axis.set(xscale="log", xlabel="seconds of one core, features at hand",
-             ylabel="image AUROC, mean over the products",
-             title="Five products of MVTec AD, standardized score, seed 0")
-    axis.legend(fontsize=8)
-    figure.supxlabel(f"python results/figures.py seconds {out}", fontsize=7)
-    figure.savefig(out, dpi=110)
-
-
-NAMES = {"uniad": "UniAD", "cnn": "CNN", "pca": "PCA", "nearest": "nearest tokens"}
 FIGURES = {"idea": idea, "examples": examples, "curves": curves, "copying": copying,
-           "ways": ways, "seconds": seconds, "route": route}
+           "ways": ways, "route": route}
 
 
 def main(argv=None):
@@ -368,10 +343,9 @@ def main(argv=None):
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     add("--data-dir", help="where the data sets are (default: as in the run)")
     args = parser.parse_args(argv)
-    without_runs = ("idea", "copying", "ways", "seconds")
-    if bool(args.runs) == (args.figure in without_runs):
-        parser.error("name runs, but none for idea, which makes them, and for copying, "
-                     "ways and seconds, which read CSV files")
+    if bool(args.runs) == (args.figure in ("idea", "copying", "ways")):
+        parser.error("name runs, but none for idea, which makes them, and for copying "
+                     "and ways, which read CSV files")
     try:
         FIGURES[args.figure](args.out, args.runs, args.data_dir)
     except (ValueError, OSError) as error:
