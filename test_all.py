@@ -1200,7 +1200,7 @@ def test_defaults_depend_on_the_model_and_the_data_set_and_what_is_given_stands(
     given = {"model": "ae", "dataset": "mvtec", "lamp": True, "latent": 7}
     c = train.with_defaults(given)
     assert (c["normal"], c["score"], c["image_size"]) == ("all", "standardized", 64)
-    assert c["latent"] == 7 and c["out"] == "runs/mvtec-all-ae-l2-lamp-s0"
+    assert c["latent"] == 7 and c["out"] == "runs/mvtec-all-ae-l2-lamp-s0-latent-7"
     given = {"model": "pca", "dataset": "mnist", "normal": "3", "seed": 2}
     c = train.with_defaults(given)
     assert c["out"] == "runs/mnist-3-pca-s2" and "loss" not in c

@@ -557,21 +557,32 @@ def with_defaults(given):
         if key not in (*c, *OF_A_RUN):
             raise ValueError(f"{flag(key)} means nothing to the model {model}: "
                              "leave it out")
+    differs = [key for key in c if given.get(key, c[key]) != c[key]]
     c |= given
-    c.setdefault("out", default_folder(c))
+    c.setdefault("out", default_folder(c, differs))
     check(c)
     c["device"] = ev.pick_device(c["device"])
     return c
 
 
-def default_folder(c):
-    """runs/DATASET-NORMAL-MODEL-LOSS[-lamp]-sSEED, without a loss if there is none."""
+# Keys of a config that a run's folder is named by anyway, or that change no result.
+NOT_IN_NAME = ("dataset", "normal", "model", "loss", "lamp", "seed", "out", "data_dir",
+               "device", "pictures", "eval_every")
+
+
+def default_folder(c, differs):
+    """runs/DATASET-NORMAL-MODEL-LOSS[-lamp]-sSEED, without a loss if there is none.
+
+    differs: the keys whose values are not the usual ones. They follow, as -lr-0.001, so
+    that two commands do not share a folder.
+    """
     words = [c["dataset"], c["normal"], c["model"]]
     if "loss" in c:
         words.append(c["loss"])
     if c.get("lamp"):
         words.append("lamp")
     words.append(f"s{c['seed']}")
+    words += [f"{key}-{c[key]}" for key in differs if key not in NOT_IN_NAME]
     return "runs/" + re.sub(r"[^\w.,-]", "_", "-".join(words))
 
 
@@ -898,7 +909,8 @@ def parser():
     add_data_and_model(p)
     add_loss_and_training(p)
     add = p.add_argument_group("this run").add_argument
-    add("--out", help="its folder (runs/DATASET-NORMAL-MODEL-LOSS[-lamp]-sSEED)")
+    add("--out", help="its folder (runs/DATASET-NORMAL-MODEL-LOSS[-lamp]-sSEED, and "
+                      "the options that are not the usual ones)")
     add("--overwrite", action="store_true", help="replace the run that is there")
     add("--resume", metavar="RUN", help="go on with this run, with all of its options")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), help="default: auto")
