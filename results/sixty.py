@@ -11,7 +11,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import random
 import sys
 import tempfile
@@ -19,7 +18,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+
+from pairs import interval
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -99,12 +99,6 @@ def by_product(rows, column):
         own = [float(row[column]) for row in rows if row["product"] == product]
         means[product] = float(np.mean(own))
     return means
-
-
-def interval(values):
-    """Half of a 95 % t interval of the mean."""
-    spread = np.std(values, ddof=1) / math.sqrt(len(values))
-    return float(stats.t.ppf(0.975, len(values) - 1) * spread)
 
 
 def number(value):
