@@ -43,7 +43,9 @@ class Data(NamedTuple):
     labels: torch.Tensor                # (M,) int64
     categories: list                    # M names: by whose threshold each is judged
     masks: torch.Tensor = None          # (M, H, W) bool, True where defective, or None
-    # For photos/ alone, see photos/copies.py: images of `train`, moved or turned.
+    # For photos/ alone. Nearest tokens compare no image with another of the same part.
+    parts: torch.Tensor = None          # (N,), near-copies in `train` share a number
+    # Images of `train`, moved or turned, see photos/copies.py.
     copies: torch.Tensor = None         # (K, C, H, W) uint8
     copy_of: torch.Tensor = None        # (K,), the number in `train` of each
     copy_in_bank: torch.Tensor = None   # (K,) bool: learned, and not only judged
@@ -61,7 +63,8 @@ class Inputs(NamedTuple):
     test: torch.Tensor
     prepare: Callable
     images: torch.Tensor = None         # the pixels of `train`, where that has features
-    copies: torch.Tensor = None         # as in Data
+    parts: torch.Tensor = None          # as in Data, and so are the next three
+    copies: torch.Tensor = None
     copy_of: torch.Tensor = None        # no image is set aside where there are copies
     copy_in_bank: torch.Tensor = None
 
@@ -346,9 +349,9 @@ def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
     on, unless it has some already.
     """
     train, calibration = split(data.train_classes, seed, fpr)
-    if data.copies is not None and len(calibration):
-        raise ValueError("copies have the numbers of all images, so none may be set "
-                         "aside: use fpr=None")
+    if len(calibration) and (data.copies is not None or data.parts is not None):
+        raise ValueError("copies and parts count all images, so none may be set aside: "
+                         "use fpr=None")
 
     # Without a Backbone, a model sees the images themselves.
     normals, test, copies = data.train, data.test, data.copies
@@ -370,8 +373,8 @@ def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
         train_categories=[data.train_categories[i] for i in train],
         calibration=normals[calibration],
         calibration_categories=[data.train_categories[i] for i in calibration],
-        test=test, prepare=prepare, images=images, copies=copies, copy_of=data.copy_of,
-        copy_in_bank=data.copy_in_bank)
+        test=test, prepare=prepare, images=images, parts=data.parts, copies=copies,
+        copy_of=data.copy_of, copy_in_bank=data.copy_in_bank)
 
 
 def split(classes, seed, fpr=0.05):

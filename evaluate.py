@@ -139,7 +139,7 @@ def error_maps(model, stored, prepare=to_float, leave_out=None):
     prepare: turns stored inputs into what the model sees.
     Of images (up to 3 channels) the error is (x_hat - x)^2, summed over the channels.
     Of features it is the root of that, the distance of a token to its reconstruction.
-    leave_out: (N,), the number of the image whose tokens NearestToken may not use.
+    leave_out: (N,), the number whose tokens NearestToken may not use, see its `solve`.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -223,25 +223,24 @@ def image_scores(maps, how="sum"):
     return values.topk(count).values.mean(1)
 
 
-def left_out_scores(errors, numbers=None):
+def left_out_scores(errors, parts=None):
     """Standardized scores of normals, each by the statistics of the others.
 
     Only nearest tokens need it, since no image is set aside for them.
-    errors: (N, H, W). numbers: (N,), the image that each map was made from; its copies
-    have its number, and are left out with it. With fewer than three images none is left
-    out. -> (N,)
+    errors: (N, H, W). parts: (N,), what each map shows; maps of one part have one
+    number, and are left out together. With fewer than three parts none is left out.
+    -> (N,)
     """
-    if numbers is None:
-        numbers = torch.arange(len(errors))
-    images = numbers.unique()
-    if len(images) < 3:
+    if parts is None:
+        parts = torch.arange(len(errors))
+    if len(parts.unique()) < 3:
         return image_scores(standardize(errors, place_statistics(errors)), "top")
     # The sums over the others are those over all, less those over the image's own.
     errors = errors.double()
     total, squares = errors.sum(0), errors.square().sum(0)
     scores = torch.empty(len(errors))
-    for number in images:
-        own = numbers == number
+    for part in parts.unique():
+        own = parts == part
         others = len(errors) - int(own.sum())
         mean = (total - errors[own].sum(0)) / others
         variance = (squares - errors[own].square().sum(0)) / others - mean.square()
@@ -315,6 +314,8 @@ class NormalErrors(NamedTuple):
     maps: torch.Tensor                  # (N, H, W)
     categories: list                    # N
     numbers: torch.Tensor               # (N,), which image each was made from
+    parts: torch.Tensor = None          # (N,), what that image shows: near-copies share
+                                        # a number. Of nearest tokens alone.
 
 
 def errors_of_normals(model, c, inputs):
@@ -339,16 +340,18 @@ def errors_of_normals(model, c, inputs):
 def errors_of_left_out(model, inputs):
     """Errors of nearest tokens, with each image's own tokens left out of the bank.
 
-    Copies that photos/ has made, and that the bank does not hold, are judged, too.
+    So are those of its near-copies, where photos/ has found some. Copies that photos/
+    has made, and that the bank does not hold, are judged, too.
     """
     stored, numbers = inputs.train, torch.arange(len(inputs.train))
     if inputs.copies is not None:
         apart = ~inputs.copy_in_bank
         stored = torch.cat([stored, inputs.copies[apart]])
         numbers = torch.cat([numbers, inputs.copy_of[apart]])
-    maps = error_maps(model, stored, inputs.prepare, leave_out=numbers)
+    parts = numbers if inputs.parts is None else inputs.parts[numbers]
+    maps = error_maps(model, stored, inputs.prepare, leave_out=parts)
     categories = [inputs.train_categories[number] for number in numbers]
-    return NormalErrors(maps, categories, numbers)
+    return NormalErrors(maps, categories, numbers, parts)
 
 
 def calibrate(model, c, inputs, size):
@@ -369,7 +372,7 @@ def calibrate(model, c, inputs, size):
         mine = is_of(new.categories, name)
         errors, numbers = new.maps[mine], new.numbers[mine]
         if standardized and nearest:
-            scores = left_out_scores(errors, numbers)
+            scores = left_out_scores(errors, new.parts[mine])
         else:
             scores = category_scores(errors, [name], c, calibration)[:, 0]
         calibration.scores[name] = scores

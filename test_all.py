@@ -1569,12 +1569,16 @@ def test_a_category_not_given_is_the_one_in_which_an_image_scores_least():
         close(m[key], errors.sum((1, 2))[d.labels == label].mean(), 1e-4)
 
 
-@pytest.mark.parametrize("copies", ("none", "in the bank", "apart"))
+@pytest.mark.parametrize("copies", ("none", "in the bank", "apart", "two of each part"))
 def test_nearest_tokens_take_their_threshold_from_normals_left_out_in_turn(copies):
     make_products("bolt")
     d = data.load("mvtec", "bolt", image_size=32)
-    if copies != "none":
+    parts = torch.arange(20)
+    if copies in ("in the bank", "apart"):
         d = with_copies(d, in_bank=copies == "in the bank")
+    elif copies == "two of each part":                      # left out together
+        parts = torch.arange(20) // 2
+        d = d._replace(parts=parts)
     train.run(FEATURES | {"model": "nearest", "score": "sum", "fpr": 0.3}, data=d)
     model, _, inputs, backbone, m = opened(of=d)
     assert len(inputs.train) == 20 and not len(inputs.calibration)
@@ -1587,7 +1591,7 @@ def test_nearest_tokens_take_their_threshold_from_normals_left_out_in_turn(copie
     distances = []
     for x in compared:
         for i, tokens in enumerate(backbone(data.to_float(x)).flatten(2).mT):
-            others = model.bank[model.image != i]
+            others = model.bank[model.image != parts[i]]
             nearest = torch.cdist(tokens, others).topk(3, largest=False).indices
             distance = (others[nearest].mean(1) - tokens).norm(dim=1)
             distances.append(distance.view(2, 2))

@@ -743,8 +743,8 @@ def first_model(c, inputs, device, state):
 def nearest_model(c, inputs, device):
     """Nearest tokens, with a bank of at most `bank_images` normals and their copies.
 
-    The images are drawn by a fixed seed. Copies come from photos/ alone: each has the
-    number of its image.
+    The images are drawn by a fixed seed. Copies come from photos/ alone: each is left
+    out with its image, and an image with its near-copies.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(inputs.train), generator=generator)
@@ -758,7 +758,8 @@ def nearest_model(c, inputs, device):
     # Copies compete with the images for a bank as large as without them.
     kept_tokens = min(tokens, max(1, round(c["coreset"] * tokens)))
     model = ev.build_model(c, shape_of(inputs), kept_tokens).to(device)
-    model.solve(inputs.prepare(features.to(device)), numbers, candidates=tokens)
+    parts = numbers if inputs.parts is None else inputs.parts[numbers]
+    model.solve(inputs.prepare(features.to(device)), parts, candidates=tokens)
     return model
 
 

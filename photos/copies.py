@@ -75,14 +75,25 @@ def add_copies(data, backbone):
         in_bank += [False] * len(data.train)
     shares = {}
     for kind in sorted(set(data.train_categories)):
+        some = different_parts(data, kind, TO_DECIDE)
+        shares[kind] = share_of_turned(data.train[some], kind, backbone)
         members = [i for i, other in enumerate(data.train_categories) if other == kind]
-        shares[kind] = share_of_turned(data.train[members[:TO_DECIDE]], kind, backbone)
         if shares[kind] >= NEAREST_ARE_TURNED:
             copies.append(turned_copies(data.train[members]))
             copy_of += members * (TURNS - 1)
             in_bank += [True] * len(members) * (TURNS - 1)
     return data._replace(copies=torch.cat(copies), copy_of=torch.tensor(copy_of),
                          copy_in_bank=torch.tensor(in_bank)), shares
+
+
+def different_parts(data, kind, count):
+    """Numbers of at most `count` training photos of a kind, each of another part."""
+    parts = range(len(data.train)) if data.parts is None else data.parts.tolist()
+    first = {}                                              # {part: its first photo}
+    for i, other in enumerate(data.train_categories):
+        if other == kind:
+            first.setdefault(parts[i], i)
+    return list(first.values())[:count]
 
 
 def share_of_turned(photos, kind, backbone):

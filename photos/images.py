@@ -81,7 +81,7 @@ class Folder(NamedTuple):
     root: Path
     white: float                    # see `find_white`, or None
     unreadable: list                # paths
-    parts: dict                     # {kind: a number for each photo}, see `parts_shown`
+    parts: list                     # N numbers, see `parts_shown`
 
 
 # ---- a line for the reader ----
@@ -279,27 +279,74 @@ def has_another_shape(shape, learned):
 def near_copies(pixels):
     """Which photos are nearly the same: (N, 3, S, S) uint8 -> N numbers of groups.
 
-    Two photos are near-copies if their distance is less than .35 of the median distance
-    that one of them has to all. Distances are those of thumbnails of 32 x 32 pixels.
-    Their mean and contrast are made alike, so that exposure does not matter.
+    Two photos are near-copies if their distance is less than a fifth of the median
+    distance that one of them has to all. Distances are those of thumbnails. Photos are
+    moved over each other before, so that shots of a hand-held camera are near-copies,
+    too. Mean and contrast are made alike, so that exposure does not matter.
     """
-    thumbnails = F.interpolate(pixels.float(), (32, 32), mode="area").flatten(1)
+    batches = pixels.split(64)
+    reference = sum(details(batch).sum(0) for batch in batches) / len(pixels)
+    thumbnails = torch.cat([aligned(batch, reference) for batch in batches]).flatten(1)
     thumbnails -= thumbnails.mean(1, keepdim=True)
     thumbnails /= thumbnails.std(1, keepdim=True) + 8
     distances = torch.cdist(thumbnails, thumbnails)
     near = torch.zeros_like(distances, dtype=torch.bool)
     if len(pixels) >= 4:                            # of fewer, nothing is usual
         usual = distances.clone().fill_diagonal_(math.nan).nanmedian(1).values
-        near = distances < 0.35 * usual[:, None]
+        near = distances < 0.2 * usual[:, None]
     return connected_components(near.numpy(), directed=False)[1].tolist()
 
 
+def details(pixels):
+    """What is finer than a 15th of the side: (B, 3, S, S) uint8 -> (B, S, S)."""
+    gray = pixels.float().mean(1)
+    return gray - F.interpolate(
+        F.interpolate(gray[:, None], (15, 15), mode="area"), gray.shape[1:],
+        mode="bilinear")[:, 0]
+
+
+def aligned(pixels, reference):
+    """Thumbnails of photos, each moved to where its details fit a reference best.
+
+    pixels: (B, 3, S, S) uint8. reference: (S, S), see `details`. -> (B, 3, 48, 48).
+    They fit best where their cross-correlation is largest. A parabola through the
+    values beside it tells fractions of a pixel. At most S/28 pixels are tried.
+    """
+    side = len(reference)
+    most = max(1, side // 28)
+    spectrum = torch.fft.rfft2(details(pixels)) * torch.fft.rfft2(reference).conj()
+    shifts = torch.arange(-most - 1, most + 2)              # one more on each side
+    fit = torch.fft.irfft2(spectrum, (side, side))[:, shifts][:, :, shifts]
+    best = fit[:, 1:-1, 1:-1].flatten(1).argmax(1)
+    y, x = best // (2 * most + 1) + 1, best % (2 * most + 1) + 1
+    i = torch.arange(len(pixels))
+    at, above, below = fit[i, y, x], fit[i, y - 1, x], fit[i, y + 1, x]
+    down = y - 1 - most + top_of_parabola(above, at, below)
+    right = x - 1 - most + top_of_parabola(fit[i, y, x - 1], at, fit[i, y, x + 1])
+
+    # Move each back by that, and leave out the border, which may come from outside.
+    matrix = torch.eye(2, 3).repeat(len(pixels), 1, 1)
+    matrix[:, 0, 2], matrix[:, 1, 2] = 2 * right / side, 2 * down / side
+    grid = F.affine_grid(matrix, pixels.shape, align_corners=False)
+    moved = F.grid_sample(pixels.float(), grid, align_corners=False)
+    return F.interpolate(moved[:, :, most:-most, most:-most], (48, 48), mode="area")
+
+
+def top_of_parabola(before, at, after):
+    """Where the parabola through values at -1, 0 and 1 is highest, from -.5 to .5."""
+    curvature = (before + after - 2 * at).clamp(max=-1e-9)
+    return ((before - after) / (2 * curvature)).clamp(-0.5, 0.5)
+
+
 def parts_shown(data):
-    """Which training photos of each kind show one part: {kind: see `near_copies`}."""
-    parts, kinds = {}, data.train_categories
+    """Which part each training photo shows: N numbers. Near-copies share one."""
+    kinds = data.train_categories
+    parts, first = [0] * len(kinds), 0
     for kind in sorted(set(kinds)):
         members = [i for i, other in enumerate(kinds) if other == kind]
-        parts[kind] = near_copies(data.train[members])
+        for i, number in zip(members, near_copies(data.train[members])):
+            parts[i] = first + number
+        first = max(parts) + 1
     return parts
 
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where train.py
 import evaluate as ev
 import train
 from data import split, to_float
-from photos.copies import NEAREST_ARE_TURNED, add_copies, stands, stands_in_words
+from photos.copies import (NEAREST_ARE_TURNED, add_copies, different_parts, stands,
+                           stands_in_words)
 from photos.images import (appearance, aspect, name_some, printable, read_folder,
                            read_photo)
 from photos.judge import heat_map_of, looks_of, nearest_look, promise_of
@@ -76,7 +77,7 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
     c = train.with_defaults(c)
     stamp, before = stamp_of(out), earlier(out, again)
     photos = read_folder(folder, c["image_size"])
-    print_folder(photos)
+    print_folder(photos, c["model"])
     if before and not again:
         check_folder(before, out, folder, photos)
         if same_choice(before, c, photos):
@@ -128,6 +129,7 @@ def prepare(c, photos):
     if photos.white:
         c["white"] = photos.white
     if c["model"] == "nearest":
+        data = data._replace(parts=left_out_together(photos.parts))
         data, shares = add_copies(data, ev.open_backbone(c, c["device"]))
         print_turned(shares)
         tokens = len(data.train) * (c["image_size"] // c["grid_stride"]) ** 2
@@ -136,6 +138,15 @@ def prepare(c, photos):
         trained = split(data.train_classes, c["seed"], c["fpr"])[0]
         c["components"] = min(c["components"], len(trained))
     return c, data
+
+
+def left_out_together(parts):
+    """The numbers in Data.parts: those of images.Folder, as a tensor (N,).
+
+    Where all photos show one part, nothing would be left to compare them with. Then
+    each counts by itself.
+    """
+    return torch.tensor(parts) if len(set(parts)) > 1 else torch.arange(len(parts))
 
 
 def complete(part, out, photos, data, record):
@@ -247,12 +258,8 @@ def count_different(state, parts):
 
     parts: see images.Folder. Near-copies of one part count as one photo.
     """
-    counts, kinds = {}, state["photos"]["kinds"]
-    for kind, groups in parts.items():
-        members = [i for i, other in enumerate(kinds) if other == kind]
-        group_of = dict(zip(members, groups))
-        counts[kind] = len({group_of[i] for i in scores_of(state, kind)})
-    return counts
+    kinds = sorted(set(state["photos"]["kinds"]))
+    return {kind: len({parts[i] for i in scores_of(state, kind)}) for kind in kinds}
 
 
 def unusual_of(scores):
@@ -299,7 +306,7 @@ def rows_of(state, model, photos, inputs):
     for i, score in scores.items():
         ratio[i] = score / max(calibration.thresholds[kinds[i]], 1e-12)
     order = sorted(ratio, key=lambda i: -ratio[i])[:ON_PAGE]
-    leave_out = torch.tensor(order) if c["model"] == "nearest" else None
+    leave_out = inputs.parts[order] if c["model"] == "nearest" else None
     errors = ev.error_maps(model, stored[order], inputs.prepare, leave_out)
     rows = []
     for i, error in zip(order, errors):
@@ -315,7 +322,7 @@ def rows_of(state, model, photos, inputs):
 
 # ---- what is said ----
 
-def print_folder(photos):
+def print_folder(photos, model):
     """What was found, and the doubts that the photos alone give."""
     data = photos.data
     for kind in sorted(set(data.train_categories)):
@@ -327,7 +334,7 @@ def print_folder(photos):
             line += f"; to test by {good} good and {bad} defective ones"
         print(line)
         print_shapes([tuple(photos.shapes[i]) for i in members])
-        print_near_copies(photos.parts[kind])
+        print_near_copies([photos.parts[i] for i in members], model)
 
 
 def print_shapes(shapes):
@@ -340,14 +347,20 @@ def print_shapes(shapes):
               "shape.")
 
 
-def print_near_copies(groups):
+def print_near_copies(groups, model):
     """A warning where a fifth are near-copies. groups: see images.near_copies."""
     alike, parts = sum(groups.count(group) > 1 for group in groups), len(set(groups))
-    if alike >= 0.2 * len(groups):
-        print(f"  WARNING: {alike} of the photos are near-copies of others, as from a "
-              f"burst or a video. They show about {parts} different parts, and the "
-              "threshold will be too low for new ones. Take one photo of each of many "
-              "parts.")
+    if alike < 0.2 * len(groups):
+        return
+    print(f"  WARNING: {alike} of the photos are near-copies of others, as from a "
+          f"burst or a video. All {len(groups)} show about {parts} different "
+          f"part{'s' * (parts != 1)}.")
+    if model == "nearest" and parts > 1:
+        print("  No photo is compared with a near-copy of it. But so few parts say "
+              "little of how parts differ: take one photo of each of many.")
+    else:
+        print("  The threshold will be too low for new ones: take one photo of each of "
+              "many parts.")
 
 
 def print_turned(shares):
@@ -362,13 +375,13 @@ def what_is_stood(state, model, kind, data, device):
     """How far good parts may move before they are called anomalous: a line."""
     c, calibration = state["config"], ev.Calibration(**state["calibration"])
     backbone = ev.open_backbone(c, device, state)
-    members = [i for i, other in enumerate(data.train_categories) if other == kind]
-    numbers = torch.tensor(members[:TO_MOVE])
+    numbers = torch.tensor(different_parts(data, kind, TO_MOVE))
 
     def scores_of_moved(images):
         seen = torch.cat([backbone.extract(to_float(some.to(device)))
                           for some in images.split(4)])
-        errors = ev.error_maps(model, seen, backbone.standardize, leave_out=numbers)
+        errors = ev.error_maps(model, seen, backbone.standardize,
+                               leave_out=data.parts[numbers])
         return ev.category_scores(errors, [kind], c, calibration)[:, 0]
 
     limit = calibration.thresholds[kind]

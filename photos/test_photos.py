@@ -430,6 +430,36 @@ def test_near_copies_are_photos_far_closer_than_is_usual_and_exposure_does_not_m
         i // 4 == j // 4 for i in range(12) for j in range(12)]
 
 
+def test_shots_of_a_hand_held_camera_are_near_copies_too():
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(12, 3, 28, 28, generator=generator)
+    parts = (F.interpolate(coarse, (112, 112), mode="bicubic") * 255).clamp(0, 255)
+    shots = []
+    for right, down in ((0, 0), (0.011, -0.005), (-0.014, 0.003)):
+        shots.append(moved(parts.byte(), right, down))
+    groups = images.near_copies(torch.cat(shots))
+    assert groups[:12] == groups[12:24] == groups[24:] and len(set(groups)) == 12
+
+
+def test_the_shift_of_a_photo_is_found_to_a_fraction_of_a_pixel():
+    values = -(torch.tensor([-1.0, 0.0, 1.0]) - 0.3) ** 2               # highest at .3
+    assert float(images.top_of_parabola(*values)) == pytest.approx(0.3)
+
+
+def test_a_photo_is_not_compared_with_near_copies_of_it():
+    for number in range(24):                                # 8 shots of each of 3 parts
+        shot = part(number % 3).point(lambda v: v + number // 3)
+        save(shot, f"burst/{number:02}.png")
+    text = call(learn.main, "burst --image-size 64")
+    assert "about 3 different parts" in text and "compared with a near-copy" in text
+    state, model = ev.load_run("runs/burst")
+    assert len(state["photos"]["files"]) == 24
+    assert set(model.image.tolist()) == {0, 1, 2}
+    assert learn.left_out_together([0, 1, 1]).tolist() == [0, 1, 1]
+    # Of one part alone nothing would be left to compare a photo with.
+    assert learn.left_out_together([4, 4, 4]).tolist() == [0, 1, 2]
+
+
 def test_learning_says_that_photos_are_a_burst_or_have_several_shapes():
     for number in range(24):
         save(part(number // 8).point(lambda v: v + number % 8), f"burst/{number}.png")

@@ -1,0 +1,248 @@
+"""Evening: bumped cameras, bursts, kinds, time: what photos/README.md says of them.
+
+    python results/evening.py            # about half an hour of one core
+
+-> results/evening.csv, and a table of it. Five products of MVTec AD. Most runs have
+learned sixty training images, draw 0 of sixty.py. Rows that are there already are not
+made again. A row's `count` is how many of `photos` test photos were called anomalous;
+of the question "kinds", how many were told rightly.
+"""
+import argparse
+import contextlib
+import csv
+import io
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sixty import PRODUCTS, folder_of, read
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+COLUMNS = ("question", "product", "change", "photos", "count", "cpu_seconds",
+           "memory_mb", "disk_mb")
+PIXEL = 1 / 256
+# Changes of the bench: arguments of photos.copies.moved, several of which are tried.
+MOVES = {
+    "as they are": [{}],
+    "shifted by 2 pixels of 256": [
+        dict(right=2 * PIXEL), dict(right=-2 * PIXEL),
+        dict(down=2 * PIXEL), dict(down=-2 * PIXEL)],
+    "shifted by 4 pixels of 256": [
+        dict(right=4 * PIXEL), dict(right=-4 * PIXEL),
+        dict(down=4 * PIXEL), dict(down=-4 * PIXEL)],
+    "turned by 2 degrees": [dict(degrees=2), dict(degrees=-2)],
+    "brighter by a tenth": [dict(light=0.1)],
+    "darker by a tenth": [dict(light=-0.1)],
+    "brighter by a quarter": [dict(light=0.25)],
+    "darker by a quarter": [dict(light=-0.25)],
+}
+QUALITIES = (90, 75)                    # of JPEG
+PARTS = 20                              # of which a burst has three shots each
+TOGETHER = ("bottle", "capsule", "pill", "transistor")      # kinds of one run
+
+
+def quietly(call, *args, **given):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return call(*args, **given)
+
+
+def good_photos(product, data_dir):
+    return sorted(Path(data_dir, "mvtec", product, "test/good").iterdir())
+
+
+def anomalous(judge, images):
+    return sum(verdict.anomalous for verdict in judge(images))
+
+
+def linked(name, files):
+    """A folder runs/evening/data/NAME with links to files, numbered."""
+    folder = Path("runs/evening/data", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(files):
+        link = folder / f"{number:04}{file.suffix}"
+        if not link.exists():
+            link.symlink_to(file.resolve())
+    return folder
+
+
+def judge_of(name, folder):
+    """Learn a folder, unless that is done -> its Judge."""
+    from photos.judge import Judge
+    from photos.learn import learn
+    return Judge(quietly(learn, folder, f"runs/evening/{name}"))
+
+
+def sixty_of(product, data_dir):
+    """The sixty photos of draw 0 alone, without the test images."""
+    return folder_of(product, 0, data_dir) / product / "train" / "good"
+
+
+# ---- the questions: each yields rows ----
+
+def moved_cameras(data_dir):
+    """good test photos that raise an alarm once the camera or the light has changed"""
+    import torch
+
+    from photos.copies import moved
+    from photos.images import read_photo
+    for product in PRODUCTS:
+        judge = judge_of(f"sixty-{product}", sixty_of(product, data_dir))
+        files = good_photos(product, data_dir)
+        pixels = torch.stack([read_photo(file, 224).pixels for file in files])
+        for change, views in MOVES.items():
+            count = 0
+            for view in views:
+                arrays = [image.permute(1, 2, 0).numpy()
+                          for image in moved(pixels, **view)]
+                count += anomalous(judge, arrays)
+            yield dict(product=product, change=change, photos=len(files) * len(views),
+                       count=count)
+        for quality in QUALITIES:
+            images = [as_jpeg(file, quality) for file in files]
+            yield dict(product=product, change=f"as JPEG of quality {quality}",
+                       photos=len(files), count=anomalous(judge, images))
+
+
+def as_jpeg(file, quality):
+    """A photo saved again as JPEG, and read."""
+    stream = io.BytesIO()
+    Image.open(file).convert("RGB").save(stream, "JPEG", quality=quality)
+    return Image.open(stream)
+
+
+def first_files(data_dir):
+    """the first sixty files of the folder instead of sixty drawn from all of it"""
+    for product in PRODUCTS:
+        files = sorted(Path(data_dir, "mvtec", product, "train/good").iterdir())[:60]
+        judge = judge_of(f"first-{product}", linked(f"first-{product}", files))
+        files = good_photos(product, data_dir)
+        yield dict(product=product, photos=len(files), count=anomalous(judge, files))
+
+
+def bursts(data_dir):
+    """three shots of each of twenty parts, slightly shifted and noisy"""
+    for product in PRODUCTS:
+        folder = burst_of(product, data_dir)
+        judge = judge_of(f"burst-{product}", folder)
+        files = good_photos(product, data_dir)
+        yield dict(product=product, photos=len(files), count=anomalous(judge, files))
+
+
+def burst_of(product, data_dir):
+    """A folder with PARTS photos, and with two more shots of each."""
+    import torch
+
+    from photos.copies import SHIFT, moved
+    files = sorted(sixty_of(product, data_dir).iterdir())[:PARTS]
+    folder = linked(f"burst-{product}", files)
+    for number, file in enumerate(files * 2):
+        image = np.asarray(Image.open(file).convert("RGB"))
+        pixels = torch.from_numpy(image.copy()).movedim(2, 0)[None]
+        draw = random.Random(number)
+        shot = moved(pixels, draw.uniform(-SHIFT, SHIFT), draw.uniform(-SHIFT, SHIFT))
+        noise = np.random.default_rng(number).normal(0, 2, image.shape)
+        noisy = shot[0].movedim(0, 2).numpy() + noise
+        Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8)).save(
+            folder / f"shot-{number}.png")
+    return folder
+
+
+def kinds(data_dir):
+    """a run of four kinds: which is told from the photo itself?"""
+    folder = Path("runs/evening/data/kinds")
+    for product in TOGETHER:
+        place = folder / product / "train"
+        place.mkdir(parents=True, exist_ok=True)
+        if not (place / "good").exists():
+            (place / "good").symlink_to(sixty_of(product, data_dir).resolve())
+    judge = judge_of("kinds", folder)
+    for product in TOGETHER:
+        files = good_photos(product, data_dir)
+        right = sum(verdict.kind == product for verdict in judge(files))
+        yield dict(product=product, photos=len(files), count=right)
+
+
+def cost(data_dir):
+    """CPU seconds of one core, memory, and what is written"""
+    run = Path("runs/evening/cost")
+    sixty = str(sixty_of("capsule", data_dir))
+    used = usage_of("photos/learn.py", sixty, "--out", str(run), "--again")
+    yield dict(product="capsule", change="learn", photos=60,
+               disk_mb=megabytes([run / "model.pt"]), **used)
+    files = sorted(Path(data_dir, "mvtec/capsule/test").glob("*/*"))
+    many = linked("many", [files[i % len(files)] for i in range(2000)])
+    out = Path("runs/evening/judged")
+    used = usage_of("photos/judge.py", str(run), str(many), "--out", str(out))
+    written = [path for path in out.rglob("*") if path.is_file()]
+    yield dict(product="capsule", change="judge", photos=2000,
+               disk_mb=megabytes(written), **used)
+
+
+def usage_of(*command):
+    """Run a command of this project on one thread -> what it has used."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *command], env=environment,
+                               stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status) not in (0, 10):    # 10: some are anomalous
+        raise RuntimeError(f"{' '.join(command)} failed")
+    return dict(cpu_seconds=round(used.ru_utime + used.ru_stime, 1),
+                memory_mb=round(used.ru_maxrss / 1024))
+
+
+def megabytes(files):
+    return round(sum(file.stat().st_size for file in files) / 2 ** 20, 1)
+
+
+QUESTIONS = {function.__name__: function for function in (
+    moved_cameras, first_files, bursts, kinds, cost)}
+
+
+# ---- the table ----
+
+def table():
+    """Photos called anomalous, by product and by what was changed, as Markdown."""
+    cells = {}
+    for row in read("evening.csv"):
+        name = {"first_files": "the first sixty files learned",
+                "bursts": "a burst learned"}.get(row["question"], row["change"])
+        if row["question"] in ("moved_cameras", "first_files", "bursts"):
+            text = f"{row['count']} of {row['photos']}"
+            cells.setdefault(name, {})[row["product"]] = text
+    lines = [f"| | {' | '.join(PRODUCTS)} |", f"|{'---|' * (len(PRODUCTS) + 1)}"]
+    for name, own in cells.items():
+        lines.append(f"| {name} | {' | '.join(own[product] for product in PRODUCTS)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data-dir", default="data", help="default: data")
+    args = parser.parse_args(argv)
+    import torch
+    torch.set_num_threads(1)
+    path = ROOT / "results/evening.csv"
+    if not path.exists():
+        path.write_text(",".join(COLUMNS) + "\n")
+    done = {row["question"] for row in read("evening.csv")}
+    for name, question in QUESTIONS.items():
+        if name in done:
+            continue
+        rows = list(question(args.data_dir))
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writerows(dict(row, question=name) for row in rows)
+        print(f"{name}: {question.__doc__}", flush=True)
+    print(table())
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    main()
