@@ -20,18 +20,18 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 
 from pairs import interval
 from sixty import DRAWS, PRODUCTS, by_product, folder_of, number, read
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-import evaluate as ev                                               # noqa: E402
-import train                                                        # noqa: E402
-from photos import copies, learn                                    # noqa: E402
-from photos.images import read_folder                               # noqa: E402
-from uniad import NearestToken                                      # noqa: E402
+import evaluate as ev
+import train
+from photos import copies, learn
+from photos.images import read_folder
+from uniad import NearestToken
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_aupro", "fpr", "tpr")
 COLUMNS = ("setting", "product", "draw", *METRICS)
@@ -149,7 +149,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", default="data", help="default: data")
     args = parser.parse_args(argv)
-    import torch
     torch.set_num_threads(1)
     path = ROOT / "results/choices.csv"
     if not path.exists():

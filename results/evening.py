@@ -18,12 +18,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from sixty import PRODUCTS, folder_of, read
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from photos.copies import SHIFT, moved
+from photos.images import read_photo
+from photos.judge import Judge
+from photos.learn import learn
 
 COLUMNS = ("question", "product", "change", "photos", "count", "cpu_seconds",
            "memory_mb", "disk_mb")
@@ -74,8 +79,6 @@ def linked(name, files):
 
 def judge_of(name, folder):
     """Learn a folder, unless that is done -> its Judge."""
-    from photos.judge import Judge
-    from photos.learn import learn
     return Judge(quietly(learn, folder, f"runs/evening/{name}"))
 
 
@@ -88,10 +91,6 @@ def sixty_of(product, data_dir):
 
 def moved_cameras(data_dir):
     """good test photos that raise an alarm once the camera or the light has changed"""
-    import torch
-
-    from photos.copies import moved
-    from photos.images import read_photo
     for product in PRODUCTS:
         judge = judge_of(f"sixty-{product}", sixty_of(product, data_dir))
         files = good_photos(product, data_dir)
@@ -137,9 +136,6 @@ def bursts(data_dir):
 
 def burst_of(product, data_dir):
     """A folder with PARTS photos, and with two more shots of each."""
-    import torch
-
-    from photos.copies import SHIFT, moved
     files = sorted(sixty_of(product, data_dir).iterdir())[:PARTS]
     folder = linked(f"burst-{product}", files)
     for number, file in enumerate(files * 2):
@@ -222,11 +218,24 @@ def table():
     return "\n".join(lines)
 
 
+def other_lines():
+    """What the questions "kinds" and "cost" have found, as lines."""
+    rows = read("evening.csv")
+    told = [row for row in rows if row["question"] == "kinds"]
+    right, photos = (sum(int(row[key]) for row in told) for key in ("count", "photos"))
+    lines = [f"The kind was told rightly for {right} of {photos} good test photos."]
+    for row in rows:
+        if row["question"] == "cost":
+            lines.append(f"{row['change']} {row['photos']} photos: {row['cpu_seconds']} "
+                         f"CPU s, {row['memory_mb']} MB of memory, {row['disk_mb']} MB "
+                         "written")
+    return lines
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", default="data", help="default: data")
     args = parser.parse_args(argv)
-    import torch
     torch.set_num_threads(1)
     path = ROOT / "results/evening.csv"
     if not path.exists():
@@ -240,7 +249,7 @@ def main(argv=None):
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writerows(dict(row, question=name) for row in rows)
         print(f"{name}: {question.__doc__}", flush=True)
-    print(table())
+    print(table(), *other_lines(), sep="\n")
     raise SystemExit(0)
 
 

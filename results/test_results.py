@@ -23,8 +23,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
+import choices
 import data
 import evaluate as ev
+import evening
 import experiments
 import figures
 import landscape
@@ -445,6 +447,37 @@ def test_the_table_of_sixty_photos_is_what_its_command_prints():
     ahead = [np.mean(ours[name]) - np.mean(theirs[name]) for name in sixty.PRODUCTS]
     mean, width = np.mean(ahead), 2.776 * np.std(ahead, ddof=1) / 5 ** 0.5
     assert f"{mean:+.3f} ± {width:.3f}" in sixty.differences()
+
+
+def test_the_tables_on_other_settings_and_on_a_bench_s_week_are_those_printed():
+    page = (RESULTS / "photos.md").read_text()
+    for table in (choices.table(), choices.leave_one_out(), evening.table()):
+        assert table in page
+
+
+def test_a_product_left_out_has_the_setting_that_is_best_on_the_others(monkeypatch):
+    def rows(**aurocs):
+        return [{"product": name, "image_auroc": aurocs.get(name, 0.9)}
+                for name in sixty.PRODUCTS]
+    found = {"a": rows(), "b": rows(grid=1.0)}              # b is better on the grid
+    monkeypatch.setattr(choices, "settings_and_rows", lambda: found)
+    assert choices.chosen_without("pill") == "b"
+    assert choices.chosen_without("grid") == "a"            # equal, so the first
+    assert "| grid | a | .900 |" in choices.leave_one_out()
+
+
+def test_the_cosine_distance_is_that_of_tokens_of_length_1():
+    torch.manual_seed(0)
+    f, normals = torch.randn(2, 6, 3, 3), torch.randn(4, 6, 3, 3)
+    model = choices.CosineToken(6, 4 * 9)
+    model.solve(normals)
+    bank = normals.flatten(2).mT.flatten(0, 1)
+    bank = bank / bank.norm(dim=1, keepdim=True)
+    for image, f_hat in zip(f, model(f)):
+        for t, t_hat in zip(image.flatten(1).T, f_hat.flatten(1).T):
+            cosine = bank @ (t / t.norm())                  # 1 where they are alike
+            nearest = bank[cosine.topk(3).indices].mean(0)
+            close(t_hat - t, nearest - t / t.norm(), 1e-5)
 
 
 def test_each_command_in_the_readmes_is_understood():
