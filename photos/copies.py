@@ -155,6 +155,12 @@ def stands(scores_of, limit, photos):
 
 def stands_in_words(stood, photos):
     """What `stands` has found on so many photos, as sentences."""
+    least = {name: min(value for value, _ in steps) for name, steps in STEPS.items()}
+    if not any(stood.values()):
+        return (f"Tried on {photos} of the photos: more than a fifth exceed the "
+                f"threshold if the camera moves by {100 * least['shift']:.1g} % of the "
+                f"picture, turns by {least['degrees']:g} degree, or if the light "
+                f"changes by {100 * least['darker']:.0f} %.")
     most = {name: max(value for value, _ in steps) for name, steps in STEPS.items()}
     tried = (f"{100 * most['shift']:.2g} %, {most['degrees']:g} degrees and "
              f"{100 * most['darker']:.0f} %")

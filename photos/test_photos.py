@@ -583,6 +583,9 @@ def test_a_step_is_stood_while_at_most_a_fifth_of_the_photos_exceed_the_threshol
     words = copies.stands_in_words(stood, 10)
     assert "moves by 1.6 % of the picture or turns by 4 degrees" in words
     assert "the light is 10 % less or 10 % more" in words
+    # Nothing is stood, as with a large share of false alarms.
+    words = copies.stands_in_words(copies.stands(scores_of, -1, photos), 10)
+    assert "a fifth exceed the threshold if the camera moves by 0.4 %" in words
 
 
 @pytest.mark.parametrize("count", (2, 5, 19))
