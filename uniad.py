@@ -709,7 +709,7 @@ class NearestToken(nn.Module):
         """Tokens (N, C) and |b|^2 of the bank (M,) -> means of the nearest (N, C)."""
         count = min(3, int(squares.isfinite().sum()))
         if count == 0:
-            raise ValueError("the bank holds the tokens of one image alone, so it "
+            raise ValueError("the bank shows one image or part alone, so it "
                              "cannot be left out: use more images")
         # A block of 2^25 distances takes 128 MB.
         at_once = max(1, 2 ** 25 // len(self.bank))

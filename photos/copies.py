@@ -101,7 +101,7 @@ def share_of_turned(photos, kind, backbone):
 
     photos: (N, C, S, S) uint8, a few of one kind -> a share. Where parts lie anyhow it
     is about 7/8, since seven of eight positions are turned. Where all lie alike it is
-    small. Fine grids are averaged to 14 x 14, which is exact enough and far faster.
+    small. Fine grids are averaged to about 14 x 14: exact enough and far faster.
     """
     if len(photos) < 3:
         return 0.0
@@ -138,9 +138,12 @@ def stands(scores_of, limit, photos):
 
     scores_of: images (N, C, S, S) uint8 -> scores (N,), each without itself in the
     memory. limit: the threshold. photos: some of those learned -> {"shift": a share of
-    the side, "degrees": , "darker": , "brighter": shares of the light}. What stands a
-    step stands all smaller ones, so the largest are tried first.
+    the side, "degrees": , "darker": , "brighter": shares of the light}, or {} where so
+    many exceed it unmoved. What stands a step stands all smaller ones, so the largest
+    are tried first.
     """
+    if int((scores_of(photos) > limit).sum()) > len(photos) / 5:
+        return {}
     stood = {}
     for name, steps in STEPS.items():
         stood[name] = 0
@@ -155,6 +158,9 @@ def stands(scores_of, limit, photos):
 
 def stands_in_words(stood, photos):
     """What `stands` has found on so many photos, as sentences."""
+    if not stood:
+        return (f"Of {photos} of the photos more than a fifth exceed the threshold as "
+                "they are, so what it stands was not tried.")
     least = {name: min(value for value, _ in steps) for name, steps in STEPS.items()}
     if not any(stood.values()):
         return (f"Tried on {photos} of the photos: more than a fifth exceed the "

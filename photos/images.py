@@ -279,21 +279,25 @@ def has_another_shape(shape, learned):
 def near_copies(pixels):
     """Which photos are nearly the same: (N, 3, S, S) uint8 -> N numbers of groups.
 
-    Two photos are near-copies if their distance is less than a fifth of the median
-    distance that one of them has to all. Distances are those of thumbnails. Photos are
-    moved over each other before, so that shots of a hand-held camera are near-copies,
-    too. Mean and contrast are made alike, so that exposure does not matter.
+    Distances are those of thumbnails. Photos are moved over each other before, and mean
+    and contrast are made alike, so neither a small shift nor the exposure matters. Two
+    photos are near-copies if their distance is less than .16 of a large one, which
+    exceeds nine tenths of the distances that one of them has to all.
+    It is not made up for turns and for another distance of the camera, so shots turned
+    by a degree may be missed. Where nearly all photos show one part, nothing tells that
+    they are alike.
     """
     batches = pixels.split(64)
     reference = sum(details(batch).sum(0) for batch in batches) / len(pixels)
     thumbnails = torch.cat([aligned(batch, reference) for batch in batches]).flatten(1)
     thumbnails -= thumbnails.mean(1, keepdim=True)
     thumbnails /= thumbnails.std(1, keepdim=True) + 8
-    distances = torch.cdist(thumbnails, thumbnails)
-    near = torch.zeros_like(distances, dtype=torch.bool)
-    if len(pixels) >= 4:                            # of fewer, nothing is usual
-        usual = distances.clone().fill_diagonal_(math.nan).nanmedian(1).values
-        near = distances < 0.2 * usual[:, None]
+    distances = torch.cdist(thumbnails, thumbnails,
+                            compute_mode="donot_use_mm_for_euclid_dist")
+    near = distances < 0.01                         # nothing but the exposure differs
+    if len(pixels) >= 4:                            # of fewer, no distance is usual
+        large = distances.clone().fill_diagonal_(math.nan).nanquantile(0.9, 1)
+        near |= distances < 0.16 * large[:, None]
     return connected_components(near.numpy(), directed=False)[1].tolist()
 
 
@@ -313,10 +317,11 @@ def aligned(pixels, reference):
     values beside it tells fractions of a pixel. At most S/28 pixels are tried.
     """
     side = len(reference)
-    most = max(1, side // 28)
+    most = min(max(1, side // 28), side // 4)
     spectrum = torch.fft.rfft2(details(pixels)) * torch.fft.rfft2(reference).conj()
     shifts = torch.arange(-most - 1, most + 2)              # one more on each side
-    fit = torch.fft.irfft2(spectrum, (side, side))[:, shifts][:, :, shifts]
+    places = shifts % side                                  # the last is shift -1
+    fit = torch.fft.irfft2(spectrum, (side, side))[:, places][:, :, places]
     best = fit[:, 1:-1, 1:-1].flatten(1).argmax(1)
     y, x = best // (2 * most + 1) + 1, best % (2 * most + 1) + 1
     i = torch.arange(len(pixels))
@@ -324,12 +329,14 @@ def aligned(pixels, reference):
     down = y - 1 - most + top_of_parabola(above, at, below)
     right = x - 1 - most + top_of_parabola(fit[i, y, x - 1], at, fit[i, y, x + 1])
 
-    # Move each back by that, and leave out the border, which may come from outside.
+    # Move each back by that, and leave out the border, most of which may be new.
     matrix = torch.eye(2, 3).repeat(len(pixels), 1, 1)
     matrix[:, 0, 2], matrix[:, 1, 2] = 2 * right / side, 2 * down / side
     grid = F.affine_grid(matrix, pixels.shape, align_corners=False)
-    moved = F.grid_sample(pixels.float(), grid, align_corners=False)
-    return F.interpolate(moved[:, :, most:-most, most:-most], (48, 48), mode="area")
+    moved = F.grid_sample(pixels.float(), grid, padding_mode="border",
+                          align_corners=False)
+    inner = slice(most, side - most)
+    return F.interpolate(moved[:, :, inner, inner], (48, 48), mode="area")
 
 
 def top_of_parabola(before, at, after):

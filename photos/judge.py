@@ -219,16 +219,21 @@ def promise_of(state, kind, fpr):
     photos = sum(calibration.images[name] for name in kinds)
     parts = state.get("photos", {}).get("different")        # None of a run of train.py
     different = sum(parts[name] for name in kinds) if parts else photos
-    return promise(photos, fpr, different, " of all kinds" * (len(kinds) > 1))
+    # Since rule 2, nearest tokens compare no photo with a near-copy of it.
+    apart = (state["config"]["model"] == "nearest"
+             and "rule" in state.get("photos", {}))
+    return promise(photos, fpr, different, " of all kinds" * (len(kinds) > 1), apart)
 
 
-def promise(photos, fpr, different, of_kinds=""):
+def promise(photos, fpr, different, of_kinds="", apart=False):
     """What a threshold set by so many photos promises, as sentences.
 
-    different: how many parts they show, where near-copies count as one photo. A
-    near-copy fits its twin better than a new part fits any photo, so with near-copies
-    the share is a lower bound. of_kinds: a word on which photos they are.
+    different: how many parts they show, where near-copies count as one photo. of_kinds:
+    a word on which photos they are. apart: near-copies were not compared with each
+    other. Else a near-copy fits its twin better than a new part fits any photo, so that
+    the share is a lower bound.
     """
+    or_more = "" if apart else ", or more"
     needed = ev.images_needed(fpr)
     by = f"{photos} good photo{'s' * (photos != 1)}{of_kinds}"
     if different == photos:
@@ -240,10 +245,10 @@ def promise(photos, fpr, different, of_kinds=""):
                 f"For {percent(fpr)}, at least {needed} photos are needed.")
     by += f" that show about {different} different part{'s' * (different != 1)}"
     if different >= needed:
-        return (f"About {percent(fpr)} of new good parts will exceed it, or more. (It "
+        return (f"About {percent(fpr)} of new good parts will exceed it{or_more}. (It "
                 f"was set by {by}.)")
     return (f"It was set by {by}. These are too few to promise {percent(fpr)}: "
-            f"{percent(1 / (different + 1))} of new good parts may exceed it, or more. "
+            f"{percent(1 / (different + 1))} of new good parts may exceed it{or_more}. "
             f"For {percent(fpr)}, photos of at least {needed} different parts are "
             "needed.")
 

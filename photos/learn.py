@@ -39,8 +39,10 @@ BANK_TOKENS = 10_000                    # at most so many: choosing them takes t
 TO_MOVE = 10                            # photos by which is measured what is stood
 ON_PAGE = 60                            # photos on learned.html, those that fit least
 RATES = (0.2, 0.1, 0.05, 0.02, 0.01)    # of false alarms, in the table of what is found
-# Each learning adds files to the features that are kept. 1 GiB holds those of about 1,000
-# photos with their moved copies, and no laptop misses it.
+RULE = 2                                # raise it where the same photos would now set
+                                        # another threshold
+# Each learning adds files to the features that are kept. 1 GiB holds those of about
+# 1,000 photos with their moved copies, and no laptop misses it.
 FEATURES_LIMIT = 2 ** 30                # bytes
 
 
@@ -129,7 +131,8 @@ def prepare(c, photos):
     if photos.white:
         c["white"] = photos.white
     if c["model"] == "nearest":
-        data = data._replace(parts=left_out_together(photos.parts))
+        data = data._replace(
+            parts=left_out_together(photos.parts, data.train_categories))
         data, shares = add_copies(data, ev.open_backbone(c, c["device"]))
         print_turned(shares)
         tokens = len(data.train) * (c["image_size"] // c["grid_stride"]) ** 2
@@ -140,13 +143,19 @@ def prepare(c, photos):
     return c, data
 
 
-def left_out_together(parts):
-    """The numbers in Data.parts: those of images.Folder, as a tensor (N,).
+def left_out_together(parts, kinds):
+    """The numbers in Data.parts, as a tensor (N,). parts: those of images.Folder.
 
-    Where all photos show one part, nothing would be left to compare them with. Then
-    each counts by itself.
+    Where all photos of a kind show one part, none of the kind would be left to compare
+    them with. Then each counts by itself, and gets a number of its own.
     """
-    return torch.tensor(parts) if len(set(parts)) > 1 else torch.arange(len(parts))
+    numbers = list(parts)
+    for kind in set(kinds):
+        members = [i for i, other in enumerate(kinds) if other == kind]
+        if len({parts[i] for i in members}) == 1:
+            for i in members:
+                numbers[i] = len(parts) + i         # no part has such a number
+    return torch.tensor(numbers)
 
 
 def complete(part, out, photos, data, record):
@@ -158,7 +167,7 @@ def complete(part, out, photos, data, record):
         "folder": str(photos.root), "files": photos.files, "keys": photos.keys,
         "tests": photos.tests,
         "kinds": data.train_categories, "shapes": list(map(list, photos.shapes)),
-        "appearance": appearance(data.train)}
+        "appearance": appearance(data.train), "rule": RULE}
     state["photos"]["different"] = count_different(state, photos.parts)
     state["photos"]["looks"] = looks_of(all_stored(state, inputs))
     return state, model, inputs
@@ -204,7 +213,8 @@ def replace_run(part, out, stamp):
 def check_folder(before, out, folder, photos):
     """Raise ValueError where a run has learned another folder of the same name."""
     learned = before["photos"]
-    if learned["folder"] != str(folder) and not {*learned["keys"]} & {*photos.keys}:
+    same_folder = Path(learned["folder"]).resolve() == folder.resolve()
+    if not same_folder and not {*learned["keys"]} & {*photos.keys}:
         raise ValueError(f"{out} has learned other photos, of {learned['folder']}. "
                          "Name another folder by --out; --again replaces that run")
 
@@ -216,7 +226,8 @@ def same_choice(before, c, photos):
     same_photos = sorted(zip(learned["keys"], learned["kinds"])) == sorted(
         zip(photos.keys, photos.data.train_categories))
     same_tests = learned.get("tests") == photos.tests
-    return same_photos and same_tests and all(
+    same_rule = learned.get("rule") == RULE
+    return same_photos and same_tests and same_rule and all(
         old.get(key) == c[key] for key in c if key not in settled)
 
 
@@ -356,8 +367,8 @@ def print_near_copies(groups, model):
           f"burst or a video. All {len(groups)} show about {parts} different "
           f"part{'s' * (parts != 1)}.")
     if model == "nearest" and parts > 1:
-        print("  No photo is compared with a near-copy of it. But so few parts say "
-              "little of how parts differ: take one photo of each of many.")
+        print("  No photo is compared with a near-copy of it. But shots of one part do "
+              "not tell how parts differ: take one photo of each of many.")
     else:
         print("  The threshold will be too low for new ones: take one photo of each of "
               "many parts.")
@@ -469,15 +480,19 @@ def table_of_found(state, model, data, inputs):
 def compared(before, state):
     """What has changed since the run was learned the last time: lines."""
     old, new = before["photos"], state["photos"]
-    added = [file for file, key in zip(new["files"], new["keys"])
-             if key not in old["keys"]]
-    gone = [file for file, key in zip(old["files"], old["keys"])
-            if key not in new["keys"]]
+    sizes = [each["config"]["image_size"] for each in (before, state)]
+    # What photos show is compared at one size. At two, their names are.
+    by = "keys" if sizes[0] == sizes[1] else "files"
+    added = [file for file, key in zip(new["files"], new[by]) if key not in old[by]]
+    gone = [file for file, key in zip(old["files"], old[by]) if key not in new[by]]
     words = []
     for files, word in ((added, "new"), (gone, "gone")):
         named = f" ({name_some(files)})" if files else ""
         words.append(f"{len(files):,} {word}{named}")
     lines = [f"Photos since the last time: {', '.join(words)}."]
+    if by == "files":
+        return [*lines, f"They were learned at {sizes[0]} pixels then and are at "
+                        f"{sizes[1]} now, so the thresholds cannot be compared."]
     for kind, limit in state["calibration"]["thresholds"].items():
         earlier_limit = before["calibration"]["thresholds"].get(kind)
         if limit is not None and earlier_limit not in (None, limit):
@@ -539,8 +554,8 @@ def parser():
         help="what learns (default: nearest)")
     add("--backbone", help="the frozen CNN (default: efficientnet_lite2)")
     add("--image-size", type=int,
-        help="the side in pixels that a photo is squeezed to (default: 256, of other "
-             "models than nearest that of train.py)")
+        help="the side in pixels that a photo is squeezed to (default: 256; for other "
+             "models than nearest, that of train.py)")
     add("--again", action="store_true", help="learn even where no photo has changed")
     add("--device", choices=("auto", "cuda", "mps", "cpu"),
         help="default: the first there is")

@@ -71,7 +71,7 @@ FOUR_COPIES = (copies, "MOVED", 4)
 SETTINGS = {
     FIRST: (OLD, [FOUR_COPIES]),
     "cosine distance": (OLD, [FOUR_COPIES, (ev, "NearestToken", CosineToken)]),
-    "no moved copies": (OLD, [(learn, "add_copies", without_copies)]),
+    "no copies": (OLD, [(learn, "add_copies", without_copies)]),
     "no turned copies": (OLD, [FOUR_COPIES, (copies, "NEAREST_ARE_TURNED", 2.0)]),
     "stage of stride 16 alone": (
         dict(OLD, strides=(16,), grid_stride=16), [FOUR_COPIES]),

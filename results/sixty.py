@@ -30,7 +30,7 @@ METRICS = ("image_auroc", "pixel_auroc", "pixel_aupro", "threshold", "fpr", "tpr
 MORE_ALARMS = 0.1                       # a second share of false alarms to allow
 COLUMNS = ("product", "draw", *METRICS, "more_fpr", "more_tpr", "cpu_seconds",
            "machine")
-PEERS = {                               # in peers.csv: name, method, size
+PEERS = {                               # name: its method and size in peers.csv
     "PatchCore": ("patchcore", "224"), "PatchCore, 256 pixels": ("patchcore", "256"),
     "PaDiM": ("padim", "224")}
 
@@ -148,7 +148,7 @@ def difference(name):
     named = ", ".join(f"{product} {value:+.3f}" for product, value in ahead.items())
     values = list(ahead.values())
     return (f"ours - {name}: {np.mean(values):+.3f} ± {interval(values):.3f} "
-            f"({named}; {len(draws)} draws)")
+            f"({named}; draws {', '.join(sorted(draws))})")
 
 
 def main(argv=None):
