@@ -183,9 +183,9 @@ CHOSEN_BY_SIZE = (
 
 def by_size():
     """each loss at the rate chosen in sizes, on test images, two new seeds"""
-    for batch_size, epochs, of_l2, of_lamp in CHOSEN_BY_SIZE:
-        cell = dict(latent=8, batch_size=batch_size, epochs=epochs)
-        for seed in (10, 11):
+    for seed in (10, 11):
+        for batch_size, epochs, of_l2, of_lamp in CHOSEN_BY_SIZE:
+            cell = dict(latent=8, batch_size=batch_size, epochs=epochs)
             for normal in DIGITS:
                 for lr, lamp in ((of_l2, PLAIN), (of_lamp, LAMP)):
                     yield {**MNIST, "normal": normal, **cell, "lr": lr, **lamp,
