@@ -138,12 +138,9 @@ def stands(scores_of, limit, photos):
 
     scores_of: images (N, C, S, S) uint8 -> scores (N,), each without itself in the
     memory. limit: the threshold. photos: some of those learned -> {"shift": a share of
-    the side, "degrees": , "darker": , "brighter": shares of the light}, or {} where so
-    many exceed it unmoved. What stands a step stands all smaller ones, so the largest
-    are tried first.
+    the side, "degrees": , "darker": , "brighter": shares of the light}. What stands a
+    step stands all smaller ones, so the largest are tried first.
     """
-    if int((scores_of(photos) > limit).sum()) > len(photos) / 5:
-        return {}
     stood = {}
     for name, steps in STEPS.items():
         stood[name] = 0
@@ -157,7 +154,7 @@ def stands(scores_of, limit, photos):
 
 
 def stands_in_words(stood, photos):
-    """What `stands` has found on so many photos, as sentences."""
+    """What `stands` has found on so many photos, as sentences. {}: it was not tried."""
     if not stood:
         return (f"Of {photos} of the photos more than a fifth exceed the threshold as "
                 "they are, so what it stands was not tried.")

@@ -395,8 +395,11 @@ def what_is_stood(state, model, kind, data, device):
                                leave_out=data.parts[numbers])
         return ev.category_scores(errors, [kind], c, calibration)[:, 0]
 
-    limit = calibration.thresholds[kind]
-    stood = stands(scores_of_moved, limit, data.train[numbers])
+    limit, own = calibration.thresholds[kind], scores_of(state, kind)
+    above = sum(own[number] > limit for number in numbers.tolist())
+    stood = {}
+    if above <= len(numbers) / 5:                       # else they need not move for it
+        stood = stands(scores_of_moved, limit, data.train[numbers])
     return stands_in_words(stood, len(numbers))
 
 
