@@ -182,17 +182,25 @@ def cost(data_dir):
                    disk_mb=megabytes(written), **used)
 
 
+# A child's peak of memory is at least its parent's size. So a small process starts it.
+SMALL_PARENT = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""
+
+
 def usage_of(folder, script, *arguments):
     """Run a command of photos/ in a folder, on one thread -> what it has used."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "photos" / script, *arguments]
-    process = subprocess.Popen(command, env=environment, cwd=folder,
-                               stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) not in (0, 10):    # 10: some are anomalous
+    command = [sys.executable, "-c", SMALL_PARENT, sys.executable,
+               ROOT / "photos" / script, *arguments]
+    said = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          cwd=folder, stdout=subprocess.PIPE, check=True, text=True)
+    status, seconds, kilobytes = map(float, said.stdout.split())
+    if status not in (0, 10):                               # 10: some are anomalous
         raise RuntimeError(f"{script} failed")
-    return dict(cpu_seconds=round(used.ru_utime + used.ru_stime, 1),
-                memory_mb=round(used.ru_maxrss / 1024))
+    return dict(cpu_seconds=round(seconds, 1), memory_mb=round(kilobytes / 1024))
 
 
 def megabytes(files):
