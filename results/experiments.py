@@ -252,13 +252,11 @@ def settled():
 
 def level():
     """larger images, other layers, patches and kernels: what raises the level?"""
-    settings = [dict(image_size=64, depth=5)]
+    settings = []
     for image_size in (64, 128):
         plain = dict(image_size=image_size, depth=5)
-        settings += [dict(plain, depth=6), dict(plain, patches=2),
+        settings += [plain, dict(plain, depth=6), dict(plain, patches=2),
                      dict(plain, kernel_size=5)]
-    settings += [dict(image_size=128, depth=5), dict(image_size=256, depth=6),
-                 dict(image_size=256, depth=5, latent=32)]
     for setting in settings:
         for normal in ("capsule", "pill"):
             yield {**MVTEC, "normal": normal, "epochs": 30, **PLAIN, "amp": True,
