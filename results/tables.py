@@ -51,6 +51,8 @@ GAINS = {                               # where LAMP was tried
     "MNIST, each loss at its own best, batch size 32 (10 digits)": dict(
         experiments=["best"], keys=["latent"], best_of=["lr"],
         where={"over": [None, "image"]}),
+    "MNIST, a code of 2x2x8, each loss at its own best rate (10 digits)": dict(
+        experiments=["by_size"], keys=["batch_size"], best_of=["lr"]),
     "MNIST, autoencoder with a code of 2x2x128 (10 digits; 1024: 3)": dict(
         experiments=["table1"], keys=["loss", "batch_size"]),
     "MNIST, autoencoder with a narrower code, batch size 32 (10 digits)": dict(
