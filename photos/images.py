@@ -283,8 +283,8 @@ def near_copies(pixels):
     and contrast are made alike, so neither a small shift nor the exposure matters. Two
     photos are near-copies if their distance is less than .16 of a large one, which
     exceeds nine tenths of the distances that one of them has to all.
-    It is not made up for turns and for another distance of the camera, so shots turned
-    by a degree may be missed. Where nearly all photos show one part, nothing tells that
+    Turns, and another distance of the camera, are not undone, so shots turned by a
+    degree may be missed. Where nearly all photos show one part, nothing tells that
     they are alike.
     """
     batches = pixels.split(64)
@@ -325,8 +325,8 @@ def aligned(pixels, reference):
     best = fit[:, 1:-1, 1:-1].flatten(1).argmax(1)
     y, x = best // (2 * most + 1) + 1, best % (2 * most + 1) + 1
     i = torch.arange(len(pixels))
-    at, above, below = fit[i, y, x], fit[i, y - 1, x], fit[i, y + 1, x]
-    down = y - 1 - most + top_of_parabola(above, at, below)
+    at = fit[i, y, x]
+    down = y - 1 - most + top_of_parabola(fit[i, y - 1, x], at, fit[i, y + 1, x])
     right = x - 1 - most + top_of_parabola(fit[i, y, x - 1], at, fit[i, y, x + 1])
 
     # Move each back by that, and leave out the border, most of which may be new.

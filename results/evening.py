@@ -9,7 +9,6 @@ of the question "kinds", how many were told rightly. "cost" has `photos` alone.
 """
 import argparse
 import contextlib
-import csv
 import io
 import os
 import random
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sixty import PRODUCTS, folder_of, read
+from sixty import PRODUCTS, add_rows, folder_of, read
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -247,17 +246,12 @@ def main(argv=None):
     parser.add_argument("--data-dir", default="data", help="default: data")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    path = ROOT / "results/evening.csv"
-    if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n")
     done = {row["question"] for row in read("evening.csv")}
     for name, question in QUESTIONS.items():
         if name in done:
             continue
-        rows = list(question(args.data_dir))
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writerows(dict(row, question=name) for row in rows)
+        rows = [dict(row, question=name) for row in question(args.data_dir)]
+        add_rows("evening.csv", COLUMNS, rows)
         print(f"{name}: {question.__doc__}", flush=True)
     print(table(), *other_lines(), sep="\n")
     raise SystemExit(0)

@@ -175,8 +175,8 @@ def sizes():
                     yield {**MNIST, **cell, **lamp}
 
 
-# The best rate of each loss at each batch size, of the means over ten digits in `sizes`:
-# batch size, epochs, rate of L2, rate of LAMP.
+# Each loss's best rate by batch size, of the means over ten digits in `sizes`: batch
+# size, epochs, rate of L2, rate of LAMP.
 CHOSEN_BY_SIZE = (
     (16, 6, 7e-4, 2e-3), (4, 3, 3e-3, 3e-3), (128, 12, 6e-3, 2e-3),
     (1, 1, 1.5e-3, 1.5e-3))

@@ -90,8 +90,21 @@ def with_more_alarms(run, product, data_dir):
 
 def read(name):
     """The rows of a CSV in results/, without its comment."""
+    if not (ROOT / "results" / name).exists():
+        return []
     with (ROOT / "results" / name).open(newline="") as file:
         return list(csv.DictReader(line for line in file if line[0] != "#"))
+
+
+def add_rows(name, columns, rows):
+    """Append rows to a CSV in results/, which is begun where there is none."""
+    path = ROOT / "results" / name
+    begun = path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if not begun:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def peer(name):
@@ -155,16 +168,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-dir", default="data", help="default: data")
     args = parser.parse_args(argv)
-    path = ROOT / "results/sixty.csv"
-    if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n")
     done = {(row["product"], row["draw"]) for row in read("sixty.csv")}
     for draw in DRAWS:
         for product in PRODUCTS:
             if (product, str(draw)) not in done:
                 row = measure(product, draw, args.data_dir)
-                with path.open("a", newline="") as file:
-                    csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+                add_rows("sixty.csv", COLUMNS, [row])
                 auroc = f"image AUROC {row['image_auroc']:.3f}"
                 print(product, draw, auroc, f"{row['cpu_seconds']} s", flush=True)
     print(table(), *map(difference, PEERS), sep="\n\n")
