@@ -311,8 +311,8 @@ class Attention(nn.Module):
         k = self.split_heads(self.to_k(k))
         v = self.split_heads(self.to_v(v))
 
-        # Each token weighs the tokens that it may look at. F.scaled_dot_product_attention
-        # is the same, but on a CPU, in bfloat16, its gradient takes four times as long.
+        # Each token weighs those that it may look at. F.scaled_dot_product_attention is
+        # the same, but on a CPU in bfloat16 its gradient takes several times as long.
         q = q / math.sqrt(q.shape[-1])
         scores = q @ k.mT + self.mask.to(q.dtype)                   # (B, heads, N, N)
         weights = scores.softmax(dim=-1)

@@ -265,7 +265,7 @@ def level():
 
 
 def large():
-    """LAMP on five products at the best setting of level: 256 pixels, a code of 8x8x32"""
+    """LAMP on five products at the best setting of level: 256 pixels, a code 8x8x32"""
     # Of the settings in `level`, this has the highest mean of capsule and pill, .754.
     setting = dict(MVTEC, image_size=256, latent=32, epochs=30, amp=True)
     for seed in (0, 1, 2):
