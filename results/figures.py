@@ -5,6 +5,7 @@
     python results/figures.py curves OUT.png RUN...     error and AUROC over the epochs
     python results/figures.py copying OUT.png           does AUROC fall with copying?
     python results/figures.py ways OUT.png              four ways against copying
+    python results/figures.py seconds OUT.png           image AUROC over seconds
     python results/figures.py route OUT.png RUN...      which tokens make an f_hat
 
 `examples` is the LAMP paper's Fig. 4: the same test images, as each run reconstructs
@@ -330,8 +331,38 @@ def ways(out, runs, data_dir=None):
     figure.savefig(out, dpi=110)
 
 
+def seconds(out, runs, data_dir=None):
+    """How good is a model after so many seconds of one core? From seconds.csv.
+
+    The seconds are those of training up to an epoch, and of judging all test images
+    once. A model that is solved instead of trained has a line over its size.
+    """
+    judged, lines = defaultdict(list), defaultdict(list)
+    for row in read("seconds"):
+        if row["category"] == "mean":
+            size = row.get("components") or row.get("bank_images")
+            judged[row["model"], row.get("start"), size].append(row)
+    for (model, start, _), rows in judged.items():
+        last = rows[-1]
+        judging = (last["seconds"] - last["training_seconds"]) / len(rows)
+        name = f"{NAMES[model]}, {start} start" if start else NAMES[model]
+        for row in rows:
+            lines[name].append((row["training_seconds"] + judging, row["image_auroc"]))
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for name, points in lines.items():
+        axis.plot(*zip(*points), "o-", markersize=4, label=name)
+    axis.set(xscale="log", ylabel="image AUROC, mean over the products",
+             xlabel="seconds of one core, to learn and to judge (features at hand)",
+             title="One model for five products of MVTec AD, standardized score")
+    axis.legend(fontsize=8)
+    figure.supxlabel(f"python results/figures.py seconds {out}", fontsize=7)
+    figure.savefig(out, dpi=110)
+
+
+NAMES = {"uniad": "UniAD", "cnn": "CNN", "pca": "PCA", "nearest": "nearest tokens"}
 FIGURES = {"idea": idea, "examples": examples, "curves": curves, "copying": copying,
-           "ways": ways, "route": route}
+           "ways": ways, "seconds": seconds, "route": route}
 
 
 def main(argv=None):
@@ -343,9 +374,10 @@ def main(argv=None):
     add("runs", nargs="*", metavar="RUN", help="folders that train.py wrote")
     add("--data-dir", help="where the data sets are (default: as in the run)")
     args = parser.parse_args(argv)
-    if bool(args.runs) == (args.figure in ("idea", "copying", "ways")):
-        parser.error("name runs, but none for idea, which makes them, and for copying "
-                     "and ways, which read CSV files")
+    without_runs = ("idea", "copying", "ways", "seconds")
+    if bool(args.runs) == (args.figure in without_runs):
+        parser.error("name runs, but none for idea, which makes them, and for copying, "
+                     "ways and seconds, which read CSV files")
     try:
         FIGURES[args.figure](args.out, args.runs, args.data_dir)
     except (ValueError, OSError) as error:

@@ -37,7 +37,7 @@ RESULTS = Path(__file__).resolve().parent
 METRICS = (
     "image_auroc", "auroc_not_given", "auroc_paper", "image_ap", "pixel_auroc",
     "pixel_aupro", "threshold", "fpr", "tpr", "normal_error", "anomaly_error", "pull",
-    "spread", "distance_to_identity", "base_error", "seconds")
+    "spread", "distance_to_identity", "base_error", "training_seconds", "seconds")
 ALWAYS = dict(fpr=0.05, pictures=False)             # for each run, with its own options
 
 
@@ -83,17 +83,21 @@ def rows_of(record, more):
 
     There is a row for each epoch judged, one for the last epoch, and of a run with
     several categories one for each of them. more: metrics that are not in the record.
+    `training_seconds` is the time of all epochs so far, and `seconds` that of the whole
+    run.
     """
     history, metrics = record["history"], record["metrics"]
     categories = metrics["categories"]
     name = "mean" if len(categories) > 1 else next(iter(categories))
-    rows = []
-    for epoch in history[:-1]:
-        if epoch.get("image_auroc") is not None:
-            rows.append({**epoch, "category": name, "seconds": None})
+    rows, training = [], 0.0
+    for epoch in history:
+        training += epoch["seconds"]
+        if epoch.get("image_auroc") is not None and epoch is not history[-1]:
+            rows.append({**epoch, "category": name, "seconds": None,
+                         "training_seconds": round(training, 1)})
     trained = history[-1] if history else {}
     rows.append({**trained, **metrics, **more, "epoch": len(history), "category": name,
-                 "seconds": record["seconds"]})
+                 "training_seconds": round(training, 1), "seconds": record["seconds"]})
     if len(categories) > 1:
         for category, values in categories.items():
             rows.append({**values, "epoch": len(history), "category": category})

@@ -120,6 +120,16 @@ if __name__ == "__main__":
 """
 
 
+def test_the_seconds_of_a_row_are_those_of_all_epochs_so_far():
+    history = [dict(epoch=1, seconds=2.5, image_auroc=0.5), dict(epoch=2, seconds=3.0),
+               dict(epoch=3, seconds=4.0, image_auroc=0.6)]
+    record = dict(history=history, seconds=20, versions=dict(machine="m"),
+                  metrics=dict(image_auroc=0.7, categories=dict(nut={})))
+    rows = sweep.rows_of(record, {})
+    spent = [(row["epoch"], row["training_seconds"], row["seconds"]) for row in rows]
+    assert spent == [(1, 2.5, None), (3, 9.5, 20)]
+
+
 def test_a_sweep_goes_on_after_kill_9_and_ctrl_c_without_a_row_twice_or_lost():
     Path("twelve.py").write_text(TWELVE_RUNS)
     command, held = [sys.executable, "twelve.py", "--processes", "2"], []
