@@ -38,7 +38,7 @@ class Data(NamedTuple):
     """
     train: torch.Tensor                 # (N, C, H, W) uint8, all normal
     train_classes: list                 # N names, such as "3" or "bottle"
-    train_categories: list              # N names, such as "0,1,2" together, or "bottle"
+    train_categories: list              # N names: "bottle", or "0,1,2" for all together
     test: torch.Tensor                  # (M, C, H, W) uint8
     labels: torch.Tensor                # (M,) int64
     categories: list                    # M names: by whose threshold each is judged
@@ -76,12 +76,16 @@ def to_float(stored):
 
 # ---- data sets ----
 
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+DATASETS = ("digits", *TORCHVISION, "mvtec")
+
+
 def load(dataset, normal=None, data_dir="data", image_size=None, validate=False):
     """A data set by its name in DATASETS -> Data.
 
     normal: which classes are normal, "3", "0,1,2" or names. For MVTec AD: which
         products to learn, "bottle,grid" or "all". None: the first class, all products.
-    image_size: the side in pixels. None keeps the images as they are, but MNIST's 28
+    image_size: the side in pixels. None keeps the images as they are, but those of 28
         pixels are padded to 32. MVTec AD needs a size.
     validate: test on the last sixth of the training split, to choose settings without
         looking at the test images. The other five sixths are trained on.
@@ -96,7 +100,10 @@ def load(dataset, normal=None, data_dir="data", image_size=None, validate=False)
         if image_size is None:
             raise ValueError("mvtec needs an image_size: its products have several")
         return load_mvtec(normal, Path(data_dir, "mvtec"), image_size)
-    train, test, classes = DATASETS[dataset](Path(data_dir))
+    if dataset == "digits":
+        train, test, classes = load_digits()
+    else:
+        train, test, classes = load_torchvision(TORCHVISION[dataset], Path(data_dir))
     if validate:
         images, labels = train
         cut = len(images) * 5 // 6                          # MNIST: 50,000 and 10,000
@@ -138,7 +145,7 @@ def one_class_against_the_rest(train, test, classes, normal, image_size):
 def resize(images, size):
     """(N, C, H, W) uint8 -> (N, C, size, size) uint8.
 
-    MNIST's 28 is padded to 32, which can be halved four times.
+    28 pixels, as MNIST has, are padded to 32, which can be halved four times.
     """
     if images.shape[-1] == 28 and size in (None, 32):
         return F.pad(images, [2, 2, 2, 2])
@@ -149,7 +156,7 @@ def resize(images, size):
     return resized.round().clamp(0, 255).byte()
 
 
-def load_digits(data_dir):
+def load_digits():
     """The 1,797 digits that scikit-learn has, of 8 x 8 pixels, scaled to 32 x 32.
 
     Every third one is a test image.
@@ -164,41 +171,25 @@ def load_digits(data_dir):
     return train, test, list("0123456789")
 
 
-def load_mnist(data_dir):
-    """MNIST, downloaded by torchvision when it is missing."""
-    return load_torchvision("MNIST", data_dir)
-
-
-def load_fashion_mnist(data_dir):
-    """FashionMNIST, downloaded by torchvision when it is missing."""
-    return load_torchvision("FashionMNIST", data_dir)
-
-
-def load_cifar10(data_dir):
-    """CIFAR-10, downloaded by torchvision when it is missing."""
-    return load_torchvision("CIFAR10", data_dir)
-
-
 def load_torchvision(name, data_dir):
     """A data set as torchvision reads it -> train, test, classes.
 
-    train, test: pairs of images (N, C, H, W) uint8 and labels (N,). Raises
-    FileNotFoundError where it is missing and cannot be downloaded, and ValueError,
-    which names the file, where one of MNIST is damaged.
+    train, test: pairs of images (N, C, H, W) uint8 and labels (N,). torchvision
+    downloads what is missing. Raises FileNotFoundError where it cannot, and where a
+    file is damaged.
     """
     folder = data_dir if name == "CIFAR10" else data_dir / name / "raw"
-    for path in sorted(folder.glob("*-ubyte")):
-        check_mnist_file(path)
     dataset = getattr(torchvision.datasets, name)
     parts = []
     for train in (True, False):
         try:
             part = dataset(data_dir, train=train, download=True)
         except Exception as error:
-            # There may be no connection, no space, or a wrong checksum.
+            # There may be no connection, no space, or half a file.
             raise FileNotFoundError(
-                f"{name} is not in {folder}, or is damaged, and cannot be downloaded "
-                f"({error}). {WHERE_TO_GET[name]}") from None
+                f"{name} is not in {folder} and cannot be downloaded, or a file there "
+                f"is damaged: {error}. Delete what is there of it. "
+                f"{WHERE_TO_GET[name]}") from None
         images = torch.as_tensor(np.asarray(part.data))
         if images.dim() == 3:                               # gray: (N, H, W)
             images = images[:, None]
@@ -208,19 +199,6 @@ def load_torchvision(name, data_dir):
     # MNIST calls its classes "3 - three".
     classes = [words.split(" - ")[0] for words in part.classes]
     return *parts, classes
-
-
-def check_mnist_file(path):
-    """Raise ValueError where a file's length is not what its own header says."""
-    # The header is a magic number and the shape, 4 bytes each. One byte for each value
-    # follows.
-    count = 4 if "images" in path.name else 2
-    header = np.fromfile(path, ">i4", count).astype(np.int64)
-    expected = 4 * len(header) + header[1:].prod()
-    size = path.stat().st_size
-    if len(header) < count or size != expected:
-        raise ValueError(f"{path} is damaged: it has {size:,} bytes, and its header "
-                         "says otherwise. Delete it, and it is made anew")
 
 
 WHERE_TO_GET = {
@@ -265,7 +243,10 @@ def load_mvtec(normal, root, size):
                 test_names.append(name)
                 mask = root / name / "ground_truth" / kind / f"{path.stem}_mask.png"
                 # A defect without a mask does not count for the pixels' metrics.
-                masks.append(read_mask(mask, size) if mask.exists() else blank(size))
+                if mask.exists():
+                    masks.append(read_mask(mask, size))
+                else:
+                    masks.append(torch.zeros(size, size, dtype=torch.bool))
 
     return Data(
         train=torch.stack(train),
@@ -324,20 +305,6 @@ def shrink_mask(mask, size):
     return torch.from_numpy((largest > 0) & (share >= largest / 2))
 
 
-def blank(size):
-    """The mask (size, size) of an image without a defect."""
-    return torch.zeros(size, size, dtype=torch.bool)
-
-
-DATASETS = {
-    "digits": load_digits,
-    "mnist": load_mnist,
-    "fashion_mnist": load_fashion_mnist,
-    "cifar10": load_cifar10,
-    "mvtec": load_mvtec,
-}
-
-
 # ---- what a model is trained and judged on ----
 
 def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
@@ -380,19 +347,15 @@ def to_inputs(data, seed, fpr=0.05, backbone=None, cache_dir=None):
 def split(classes, seed, fpr=0.05):
     """Which of the normals to train on, and which to set aside for the threshold.
 
-    classes: N names -> two tensors of indices, sorted. fpr: the share of false alarms
-    (the false positive rate) that the threshold shall allow. 0.05 needs 19 images. Of
-    each class as many are set aside, or a third where that is less; but never fewer
-    than a tenth, nor than one image, if there are two. The seed draws them. fpr=None
-    sets none aside.
+    classes: N names -> two tensors of indices, sorted. The seed draws them.
+    fpr: the share of false alarms (the false positive rate) that the threshold shall
+        allow. Each class sets aside as many images as it needs for that, but at most a
+        third of its own and at least a tenth. A class of two or more sets aside at
+        least one. None sets no image aside.
     """
     if fpr is None:
         return torch.arange(len(classes)), torch.arange(0)
 
-    # A new normal scores above all of k others with a probability of 1 / (k + 1). For a
-    # threshold that only a share fpr of the normals exceeds, it takes k = 1 / fpr - 1.
-    # 1 / fpr is rounded first: 1 / (1/49), say, is 49.00000000000001.
-    needed = math.ceil(round(1 / fpr, 9)) - 1
     generator = torch.Generator().manual_seed(seed)
     train, calibration = [], []
     for name in sorted(set(classes)):
@@ -400,13 +363,22 @@ def split(classes, seed, fpr=0.05):
         members = torch.tensor([i for i, other in enumerate(classes) if other == name])
         members = members[torch.randperm(len(members), generator=generator)]
 
-        # Not the only image of a class.
+        # A class with a single image keeps it for training.
         tenth, third = len(members) // 10, len(members) // 3
         at_least = min(1, len(members) - 1)
-        count = max(tenth, min(needed, third), at_least)
+        count = max(tenth, min(images_needed(fpr), third), at_least)
         calibration.append(members[:count])
         train.append(members[count:])
     return torch.cat(train).sort().values, torch.cat(calibration).sort().values
+
+
+def images_needed(fpr):
+    """How many normal images can promise a share fpr of false alarms: 19 for 0.05.
+
+    A new normal scores above all of k others with a probability of 1 / (k + 1). For a
+    threshold that only a share fpr of the normals exceeds, it takes k = 1 / fpr - 1.
+    """
+    return math.ceil(round(1 / fpr, 9)) - 1         # 1 / (1/49) is 49.00000000000001
 
 
 def cached_features(backbone, images, names, folder):
@@ -417,7 +389,7 @@ def cached_features(backbone, images, names, folder):
     once, and only new images take time. Where a file cannot be written, a line says so.
     folder=None keeps none.
     """
-    fingerprint = fingerprint_of(backbone)
+    fingerprint = hash_of_backbone(backbone)
     shape = len(backbone.mean), backbone.grid, backbone.grid
     features = torch.empty(len(images), *shape, dtype=torch.half)
     paths = {}                                              # {number: its file}
@@ -463,8 +435,8 @@ def compute_features(backbone, images, name):
     return torch.cat(features)
 
 
-def fingerprint_of(backbone):
-    """A hash of the backbone's settings and weights, as bytes."""
+def hash_of_backbone(backbone):
+    """A hash of its settings and weights, as bytes."""
     settings = f"{backbone.name} {backbone.size} {backbone.grid}{backbone.strides}"
     digest = hashlib.sha256(settings.encode())
     for tensor in backbone.network.state_dict().values():

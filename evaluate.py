@@ -1,7 +1,8 @@
 """Evaluate: from the error of a reconstruction to AUROC, for every model here.
 
-    error = (x_hat - x)^2       at each place of an image or of features, summed over
-                                channels: large where it was not learned
+    error = (x_hat - x)^2       at each place of an image, summed over the channels;
+                                at each token of features its root: large where the
+                                model has not learned to reconstruct
     score = the error's sum, mean or "max"; or "standardized": at each place (error -
             mean of the normals' errors) / their spread, then the mean of the largest
             2.5 % of the places
@@ -9,10 +10,10 @@
 
     python evaluate.py RUN...   the numbers and pictures of saved runs, made again
 
-The LAMP paper scores an image by "L2 between y and y_hat" (Sec. 3.1), which we read as
-the sum over its pixels. UniAD takes the root of a token's error, scales the map up to
-the image, and scores by the largest mean of 16 x 16 pixels. The standardized score and
-the thresholds are ours.
+The LAMP paper scores an image by the L2 between y and y_hat (Sec. 3.1), which we read
+as the sum over its pixels. UniAD takes the root of a token's error, scales the map up
+to the image, and scores by the largest mean of 16 x 16 pixels. The standardized score
+and the thresholds are ours.
 
 A first reading needs two sections: the metrics, and "from a model to scores". (It may
 skip `aupro` and `left_out_scores`.) The others judge a test set with thresholds, read
@@ -39,15 +40,15 @@ from scipy import ndimage, stats
 from sklearn import metrics as sklearn_metrics
 
 from autoencoder import PCA, ConvAutoencoder
-from data import load, to_float, to_inputs
+from data import images_needed, load, to_float, to_inputs
 from uniad import Backbone, FeatureCNN, FeatureMLP, NearestToken, UniAD
 
 VERSION = 5                             # of model.pt: raise it when its contents change
 SOLVED = ("pca", "nearest")             # models that are solved, not trained by a loss
 SCORES = ("sum", "mean", "max", "standardized")     # what a config's "score" may be
-# Errors of images are blurred by a Gaussian. Its standard deviation is a 64th of an
-# image's side for the score, which needs small defects, and a 32nd for pictures and
-# pixel AUROC.
+# Where the score is standardized, errors of images are blurred by a Gaussian. Its
+# standard deviation is a 64th of an image's side for the score, which needs small
+# defects, and a 32nd for pictures and pixel AUROC.
 SCORE_BLUR, PICTURE_BLUR = 64, 32
 METRICS = {"image_auroc": "image AUROC", "image_ap": "image AP",
            "pixel_auroc": "pixel AUROC", "pixel_aupro": "pixel AUPRO"}
@@ -85,26 +86,21 @@ def aupro(maps, masks, limit=0.3):
     """
     maps, masks = np.asarray(maps), np.asarray(masks, dtype=bool)
 
-    # Give each defect a weight of 1, shared by its pixels. The sum over the detected
-    # pixels is then the sum of the overlaps.
-    weight, defects = np.zeros(maps.shape), 0
-    for i in np.flatnonzero(masks.any((1, 2))):
-        parts, count = ndimage.label(masks[i], np.ones((3, 3)))
-        pixels = np.bincount(parts.ravel())                 # part 0 is no defect
-        weight[i] = np.where(parts > 0, 1 / pixels[parts], 0)
-        defects += count
-    if defects == 0 or masks.all():
+    if masks.all() or not masks.any():
         return None
 
-    # Lower the threshold from the largest value on. Equal values are detected together.
-    order = np.argsort(-maps, axis=None, kind="stable")
-    values, normal = maps.ravel()[order], ~masks.ravel()[order]
-    last_of_equal = np.append(np.diff(values) != 0, True)
-    fpr = (np.cumsum(normal) / normal.sum())[last_of_equal]
-    overlap = (np.cumsum(weight.ravel()[order]) / defects)[last_of_equal]
+    # Give each defect a weight of 1, shared by its pixels, and each defect-free pixel a
+    # weight of 1. The mean overlap is then the weighted share of the defective pixels
+    # that are detected. So the curve is a weighted ROC curve.
+    weight = np.ones(maps.shape)
+    for i in np.flatnonzero(masks.any((1, 2))):
+        parts, _ = ndimage.label(masks[i], np.ones((3, 3)))
+        pixels = np.bincount(parts.ravel())                 # part 0 is no defect
+        weight[i] = np.where(masks[i], 1 / pixels[parts], 1)
+    fpr, overlap, _ = sklearn_metrics.roc_curve(
+        masks.ravel(), maps.ravel(), sample_weight=weight.ravel())
 
     # Integrate from 0 to the limit, where the curve is interpolated.
-    fpr, overlap = np.append(0, fpr), np.append(0, overlap)
     inside = fpr <= limit
     x = np.append(fpr[inside], limit)
     y = np.append(overlap[inside], np.interp(limit, fpr, overlap))
@@ -151,7 +147,7 @@ def error_maps(model, stored, prepare=to_float, leave_out=None):
         else:
             x_hat = model(x, leave_out[start:start + 64])
         error = (x_hat.float() - x).square().sum(1)                 # (B, H, W)
-        if x.shape[1] > 3:
+        if x.shape[1] > 3:                          # no image has more than 3 channels
             error = error.sqrt()
         maps.append(error.cpu())
     return torch.cat(maps) if maps else torch.zeros(0, 1, 1)
@@ -174,9 +170,8 @@ def gaussian_blur(maps, sigma):
 
     Beyond its borders a map is continued with its border values.
     """
-    of_each_axis = (0, sigma, sigma)                        # 0: not from map to map
-    smooth = ndimage.gaussian_filter(maps.numpy(), of_each_axis, mode="nearest",
-                                     truncate=3)
+    smooth = ndimage.gaussian_filter(maps.numpy(), sigma, mode="nearest", truncate=3,
+                                     axes=(1, 2))           # not from map to map
     return torch.from_numpy(smooth)
 
 
@@ -191,15 +186,15 @@ def place_statistics(errors):
 def spread(std):
     """A map of standard deviations, plus their mean over all places.
 
-    Without the mean, a place where the normals happen to agree would decide alone.
+    Without the mean, a place where the normals happen to agree would dominate a score.
     """
     return (std + std.mean()).clamp(min=1e-12)
 
 
 def standardize(errors, statistics):
     """How many spreads errors (N, H, W) lie above the normals' mean at that place."""
-    mean, width = statistics
-    return (errors - mean) / width
+    mean, spreads = statistics
+    return (errors - mean) / spreads
 
 
 def image_scores(maps, how="sum"):
@@ -293,18 +288,19 @@ def blurred(errors, c, size, divisor):
     return gaussian_blur(errors, size / divisor)
 
 
-def category_scores(errors, names, c, calibration):
+def category_scores(errors, names, c, size, statistics):
     """Errors (N, H, W) -> the score of each image if it were of category k: (N, K).
 
     names: the K categories. There is more than one where a model learns many products.
+    size, statistics: as in `Calibration`.
     """
     if c["score"] != "standardized":                        # one for all categories
-        scores = image_scores(heat_maps(errors, calibration.size), c["score"])
+        scores = image_scores(heat_maps(errors, size), c["score"])
         return scores[:, None].expand(-1, len(names))
-    errors = blurred(errors, c, calibration.size, SCORE_BLUR)
+    errors = blurred(errors, c, size, SCORE_BLUR)
     columns = []
     for name in names:
-        above = standardize(errors, calibration.statistics[name])
+        above = standardize(errors, statistics[name])
         columns.append(image_scores(above, "top"))
     return torch.stack(columns, 1)
 
@@ -358,39 +354,34 @@ def calibrate(model, c, inputs, size):
     """Statistics, thresholds and the color scale, from normal images -> Calibration."""
     seen, new = errors_of_normals(model, c, inputs)
     standardized, nearest = c["score"] == "standardized", c["model"] == "nearest"
-    calibration = Calibration(size, {}, {}, {}, 1.0, {})    # its dicts are filled here
-    maps = []
+    statistics, scores, images, maps = {}, {}, {}, []
     for name in sorted(set(inputs.train_categories)):
         # What error is normal at each place, from images that the model has seen.
         if standardized:
             errors = seen.maps[is_of(seen.categories, name)]
             errors = blurred(errors, c, size, SCORE_BLUR)
-            calibration.statistics[name] = place_statistics(errors)
+            statistics[name] = place_statistics(errors)
 
         # The scores of other images, which set the threshold. For nearest tokens they
         # are the same ones, so each is left out of the statistics it is judged by.
         mine = is_of(new.categories, name)
         errors, numbers = new.maps[mine], new.numbers[mine]
         if standardized and nearest:
-            scores = left_out_scores(errors, new.parts[mine])
+            scores[name] = left_out_scores(errors, new.parts[mine])
         else:
-            scores = category_scores(errors, [name], c, calibration)[:, 0]
-        calibration.scores[name] = scores
-        calibration.images[name] = len(numbers.unique())
+            scores[name] = category_scores(errors, [name], c, size, statistics)[:, 0]
+        images[name] = len(numbers.unique())
         if len(errors):
             maps.append(heat_maps(blurred(errors, c, size, PICTURE_BLUR), size))
 
-    for name in calibration.scores:
-        limit = threshold_of(name, calibration, c["score"], c["fpr"])
-        calibration.thresholds[name] = limit
-    # Anomalies may have twice the largest error of normals before the colors end.
+    # The color scale ends at twice the error that one normal pixel of 1,000 exceeds.
     highest = float(np.quantile(torch.cat(maps), 0.999)) if maps else 0.0
-    return calibration._replace(color_limit=2 * highest if highest > 0 else 1.0)
-
-
-def images_needed(fpr):
-    """How many normal images can promise a share fpr of false alarms, see `split`."""
-    return math.ceil(round(1 / fpr, 9)) - 1                 # 1 / (1/49) is not 49
+    color_limit = 2 * highest if highest > 0 else 1.0
+    thresholds = {}
+    calibration = Calibration(size, statistics, thresholds, images, color_limit, scores)
+    for name in scores:
+        thresholds[name] = threshold_of(name, calibration, c["score"], c["fpr"])
+    return calibration
 
 
 def set_by(name, calibration, how, fpr):
@@ -411,31 +402,26 @@ def threshold_of(name, calibration, how, fpr):
     return threshold(scores, fpr) if len(scores) else None
 
 
-def threshold_images(name, calibration, how, fpr):
-    """How many images set the threshold of a category."""
-    names = set_by(name, calibration, how, fpr)
-    return sum(calibration.images[other] for other in names)
-
-
 def judge(model, c, data, inputs):
     """Judge a test set -> metrics (as in run.json), Judged, Calibration.
 
     Each image's score is that of its category. Two more image AUROCs stand beside it:
     `auroc_not_given` takes each image's lowest score over all categories, as if its
-    category were not known; `auroc_paper` takes the papers' own score. (Not of
-    CIFAR-10, where the key metric of UniAD's code is the map's mean.)
+    category were not known; `auroc_paper` takes the papers' own score. (On CIFAR-10 it
+    is not the paper's: there UniAD's code takes the map's mean.)
     """
     calibration = calibrate(model, c, inputs, data.test.shape[-1])
 
     # The score of each image by its own category, and its error as a heat map.
     names = list(calibration.thresholds)
     errors = error_maps(model, inputs.test, inputs.prepare)
-    scores = category_scores(errors, names, c, calibration)                 # (M, K)
+    scores = category_scores(errors, names, c, calibration.size,
+                             calibration.statistics)                        # (M, K)
     given = [names.index(name) for name in data.categories]
     smooth = blurred(errors, c, calibration.size, PICTURE_BLUR)
     judged = Judged(
         maps=heat_maps(smooth, calibration.size),
-        scores=scores[range(len(errors)), given],
+        scores=scores[torch.arange(len(errors)), given],
         thresholds=[calibration.thresholds[name] for name in data.categories],
         color_limit=calibration.color_limit)
     metrics = metrics_of(judged, data, calibration, c)
@@ -463,12 +449,13 @@ def metrics_of(judged, data, calibration, c):
     for name, limit in calibration.thresholds.items():
         mine = is_of(data.categories, name)
         scores, labels = judged.scores[mine], data.labels[mine]
-        images = threshold_images(name, calibration, c["score"], c["fpr"])
-        pooled = len(set_by(name, calibration, c["score"], c["fpr"])) > 1
+        setters = set_by(name, calibration, c["score"], c["fpr"])
+        images = sum(calibration.images[setter] for setter in setters)
         m = {"image_auroc": auroc(scores, labels),
              "image_ap": average_precision(scores, labels),
              "pixel_auroc": None, "pixel_aupro": None,
-             "threshold": limit, "threshold_images": images, "threshold_pooled": pooled,
+             "threshold": limit, "threshold_images": images,
+             "threshold_pooled": len(setters) > 1,
              "fpr": None, "tpr": None,
              "normals": int((labels == 0).sum()), "anomalies": int((labels == 1).sum())}
         if data.masks is not None:
@@ -485,10 +472,8 @@ def metrics_of(judged, data, calibration, c):
     mean = {}
     for key in (*METRICS, "fpr", "tpr"):
         mean[key] = mean_of([m[key] for m in categories.values() if m[key] is not None])
-    mean["threshold"] = None
-    if len(categories) == 1:
-        only, = categories.values()
-        mean["threshold"] = only["threshold"]
+    limits = list(calibration.thresholds.values())
+    mean["threshold"] = limits[0] if len(limits) == 1 else None
     return {**mean, "categories": categories}
 
 
@@ -650,7 +635,9 @@ def about_threshold(name, row, fpr):
     found = round((row["tpr"] or 0) * anomalies)
     lines.append(f"  On the test images: {false_alarms} of {normals} normal ones and "
                  f"{found} of {anomalies} anomalous ones exceed it.")
-    if normals and more_than_promised(false_alarms, normals, row, fpr):
+    # A threshold that all categories have set promises nothing of a single one.
+    own = normals and not row["threshold_pooled"]
+    if own and more_than_promised(false_alarms, normals, row, fpr):
         lines.append("  WARNING: more normal test images exceed it than promised. They "
                      "differ from those trained on: add images like them to these.")
     if row["image_auroc"] is not None and row["image_auroc"] < 0.6:
@@ -807,11 +794,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders by train.py")
     parser.add_argument("--data-dir", help="where data are (default: as in the run)")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--image", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.image is not None:
-        parser.error("new images are judged by: python photos/judge.py RUN "
-                     "FILE-OR-FOLDER...")
     try:
         device = pick_device(args.device)
         for run in args.runs:

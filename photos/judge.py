@@ -141,7 +141,8 @@ class Judge:
             pixels = to_float(stored.to(self.backbone.mean.device))
             stored, prepare = self.backbone.extract(pixels), self.backbone.standardize
         errors = ev.error_maps(self.model, stored, prepare)             # (B, h, w)
-        scores = ev.category_scores(errors, self.kinds, self.config, self.calibration)
+        scores = ev.category_scores(errors, self.kinds, self.config,
+                                    self.calibration.size, self.calibration.statistics)
         kind = self.checked(kind) or self.kind
         chosen = self.choose_kinds(stored.cpu(), scores, kind)
         verdicts = []

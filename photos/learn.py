@@ -393,7 +393,8 @@ def what_is_stood(state, model, kind, data, device):
                           for some in images.split(4)])
         errors = ev.error_maps(model, seen, backbone.standardize,
                                leave_out=data.parts[numbers])
-        return ev.category_scores(errors, [kind], c, calibration)[:, 0]
+        return ev.category_scores(errors, [kind], c, calibration.size,
+                                  calibration.statistics)[:, 0]
 
     limit, own = calibration.thresholds[kind], scores_of(state, kind)
     above = sum(own[number] > limit for number in numbers.tolist())
@@ -459,7 +460,8 @@ def table_of_found(state, model, data, inputs):
     c, calibration = state["config"], ev.Calibration(**state["calibration"])
     names = list(calibration.thresholds)
     errors = ev.error_maps(model, inputs.test, inputs.prepare)
-    scores = ev.category_scores(errors, names, c, calibration)          # (M, K)
+    scores = ev.category_scores(errors, names, c, calibration.size,
+                                calibration.statistics)                 # (M, K)
     lines = []
     for number, kind in enumerate(names):
         mine = ev.is_of(data.categories, kind)

@@ -164,7 +164,7 @@ def bench_uniad():
 def bench_step():
     """Where a step's time goes, and what its products take at a large one's rate."""
     model, batch = UniAD(dropout=0.0), torch.randn(8, 272, 14, 14)
-    optim = train.Muon(model, 0.01, 1e-4)
+    optim = train.Muon(model.named_parameters(), lr=0.01, weight_decay=1e-4)
     square = torch.randn(2048, 2048, dtype=torch.bfloat16)
 
     def turn():                                     # -> the seconds of its four parts

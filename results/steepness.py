@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from landscape import (READINGS, Settings, criterion_of, model_surface, open_run, steps,
+from landscape import (EQ_2, Settings, criterion_of, model_surface, open_run, steps,
                        train_autoencoder, train_classifier)
 
 
@@ -54,7 +54,7 @@ def mean_steepness(network, model, lamp, x, y, seed, settings):
     """`steepness` under L2 or L2-LAMP, the mean over four pairs of directions: (4,)."""
     found = []
     for pair in range(4):
-        criterion = criterion_of("l2", lamp, **READINGS[network],
+        criterion = criterion_of("l2", lamp, **EQ_2[network],
                                  maximum=settings.maximum)
         z = model_surface(model, criterion, x, y, settings.xs, 10 * seed + pair)
         found.append(list(steepness(z, settings.xs, settings.xs).values()))
@@ -103,7 +103,7 @@ def near_surfaces(model, maximum, x, seed, grid=11):
         # A maximum that is held only grows, so one criterion keeps the figure's.
         if criterion is None or maximum != "figure":
             held = "moving" if maximum == "moving" else "held"
-            reading = READINGS["autoencoder"]
+            reading = EQ_2["autoencoder"]
             criterion = criterion_of("l2", maximum is not None, **reading, maximum=held)
         xs = steps(span, grid)
         surfaces[span] = model_surface(model, criterion, x, x, xs, seed)
@@ -158,7 +158,7 @@ def header(settings):
     words = [f"images={settings.images}", f"grid={len(settings.xs)}",
              f"span={settings.xs[-1]:g}", f"epochs={settings.epochs}",
              f"maximum={settings.maximum}"]
-    for network, reading in READINGS.items():
+    for network, reading in EQ_2.items():
         words.append(f"{network}={reading['over']},eps-{reading['eps']}")
     return (f"# {' '.join(words)} torch={torch.__version__}\n"
             "network,batch_size,seed,compared,gradient,curvature,gradient_per_loss,"
