@@ -87,7 +87,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             x = x.contiguous(memory_format=torch.channels_last)
             target = x if targets is None else targets[mine].to(device)
 
-            # Reconstruct it. Compare (Eq. 1, 2) in float32: 16 bits round 1 - L' too much.
+            # Reconstruct it. Compare (Eq. 1, 2) in float32: LAMP needs 1 - L' exactly.
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x_hat = network(x)
             loss = criterion(x_hat.float(), target) / target[0].numel()
