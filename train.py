@@ -648,6 +648,9 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     interrupted = train_model(c, model, data, inputs, criterion, state, save)
     if not is_first_process():
         return {}                                   # the first process does the rest
+    if interrupted and report:
+        print(f"\ninterrupted: judging the last full epoch. python train.py --resume "
+              f"{shlex.quote(c['out'])} goes on from it")
 
     # 4. Judge the test images by the error of their reconstruction, and keep it all.
     record = judge_and_save(c, model, data, inputs, save, command)
@@ -768,8 +771,6 @@ def train_model(c, model, data, inputs, criterion, state, save):
     except KeyboardInterrupt:
         if saved_run(c["out"]) is None:
             raise
-        print(f"\ninterrupted: judging the last full epoch. python train.py --resume "
-              f"{shlex.quote(c['out'])} goes on from it")
         return True
     return False
 

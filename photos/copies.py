@@ -3,7 +3,8 @@
     moved     a little, at random: they widen what counts as normal at each place, so
               that a camera that is bumped raises fewer alarms. They share in the
               threshold, and can raise it or lower it
-    turned    in eight positions, of kinds that lie anyhow: the memory holds them, too
+    turned    in eight positions, of kinds that lie in any direction: the memory holds
+              them, too
 
 The limits and the rule were set on five products of MVTec AD, test images included.
 """
@@ -64,8 +65,9 @@ def turned_copies(images):
 
 
 def add_copies(data, backbone):
-    """Data with moved copies of all photos, and turned ones where parts lie anyhow.
+    """Data with moved copies of all photos, and with turned ones of some kinds.
 
+    They are turned where parts lie in any direction.
     -> Data, and the share of `share_of_turned` for each kind by which that was decided.
     """
     copies, copy_of, in_bank = [], [], []
@@ -99,9 +101,10 @@ def different_parts(data, kind, count):
 def share_of_turned(photos, kind, backbone):
     """How many tokens have their nearest token in a turned copy of another photo.
 
-    photos: (N, C, S, S) uint8, a few of one kind -> a share. Where parts lie anyhow it
-    is about 7/8, since seven of eight positions are turned. Where all lie alike it is
-    small. Fine grids are averaged to about 14 x 14: exact enough and far faster.
+    photos: (N, C, S, S) uint8, a few of one kind -> a share. Where parts lie in any
+    direction it is about 7/8, since seven of eight positions are turned. Where all lie
+    alike it is small. Fine grids are averaged to about 14 x 14: exact enough and far
+    faster.
     """
     if len(photos) < 3:
         return 0.0
@@ -122,7 +125,7 @@ def share_of_turned(photos, kind, backbone):
     return float(torch.cat(of_turned).float().mean())
 
 
-# ---- what the threshold stands ----
+# ---- how far a part may move ----
 
 STEPS = {                           # largest first; of each step the worst view counts
     "shift": [(s, [dict(right=s), dict(right=-s), dict(down=s), dict(down=-s)])
@@ -133,33 +136,36 @@ STEPS = {                           # largest first; of each step the worst view
 }
 
 
-def stands(scores_of, limit, photos):
+def tolerated_moves(scores_of, limit, photos):
     """How far photos may move before more than a fifth of them exceed the threshold.
 
     scores_of: images (N, C, S, S) uint8 -> scores (N,), each without itself in the
     memory. limit: the threshold. photos: some of those learned -> {"shift": a share of
-    the side, "degrees": , "darker": , "brighter": shares of the light}. What stands a
-    step stands all smaller ones, so the largest are tried first.
+    the side, "degrees": , "darker": , "brighter": shares of the light}. Who tolerates a
+    step tolerates all smaller ones, so the largest are tried first.
     """
-    stood = {}
+    tolerated = {}
     for name, steps in STEPS.items():
-        stood[name] = 0
+        tolerated[name] = 0
         for value, views in steps:
             above = (int((scores_of(moved(photos, **view)) > limit).sum())
                      for view in views)
             if all(count <= len(photos) / 5 for count in above):
-                stood[name] = value
+                tolerated[name] = value
                 break
-    return stood
+    return tolerated
 
 
-def stands_in_words(stood, photos):
-    """What `stands` has found on so many photos, as sentences. {}: it was not tried."""
-    if not stood:
+def moves_in_words(tolerated, photos):
+    """What `tolerated_moves` has found, as sentences. photos: how many were moved.
+
+    {} says that it was not tried.
+    """
+    if not tolerated:
         return (f"Of {photos} of the photos more than a fifth exceed the threshold as "
-                "they are, so what it stands was not tried.")
+                "they are, so how far the camera may move was not measured.")
     least = {name: min(value for value, _ in steps) for name, steps in STEPS.items()}
-    if not any(stood.values()):
+    if not any(tolerated.values()):
         return (f"Tried on {photos} of the photos: more than a fifth exceed the "
                 f"threshold if the camera moves by {100 * least['shift']:.1g} % of the "
                 f"picture, turns by {least['degrees']:g} degree, or if the light "
@@ -167,8 +173,9 @@ def stands_in_words(stood, photos):
     most = {name: max(value for value, _ in steps) for name, steps in STEPS.items()}
     tried = (f"{100 * most['shift']:.2g} %, {most['degrees']:g} degrees and "
              f"{100 * most['darker']:.0f} %")
-    return (f"Tried on {photos} of the photos: nearly all pass if the camera moves by "
-            f"{100 * stood['shift']:.2g} % of the picture or turns by "
-            f"{stood['degrees']:g} degrees, or if the light is "
-            f"{100 * stood['darker']:.0f} % less or {100 * stood['brighter']:.0f} % "
-            f"more. (More than {tried} was not tried.)")
+    return (f"Tried on {photos} of the photos: at least four in five pass if the "
+            f"camera moves by {100 * tolerated['shift']:.2g} % of the picture or turns "
+            f"by {tolerated['degrees']:g} degrees, or if the light is "
+            f"{100 * tolerated['darker']:.0f} % less or "
+            f"{100 * tolerated['brighter']:.0f} % more. (More than {tried} was not "
+            "tried.)")

@@ -21,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.sparse.csgraph import connected_components
 
 from data import Data, shrink_mask, with_progress
+from evaluate import printable
 
 try:                                                # photos of phones, if it is there
     import pillow_heif
@@ -80,17 +81,10 @@ class Folder(NamedTuple):
     shapes: list                    # N pairs (width, height)
     root: Path
     white: float                    # see `find_white`, or None
-    unreadable: list                # paths
     parts: list                     # N numbers, see `parts_shown`
 
 
 # ---- a line for the reader ----
-
-def printable(name):
-    """A name as a line of text, whatever is in it."""
-    name = str(name)
-    return name if name.isprintable() else ascii(name)
-
 
 def name_some(names, most=3):
     """ "a, b, c and 9 more" """
@@ -99,11 +93,11 @@ def name_some(names, most=3):
     return ", ".join(names[:most]) + more
 
 
-def say(names, one, many, most=3):
+def say(names, one, many):
     """Print a line that counts and names what is passed over, if there is anything."""
     if names:
         what = one if len(names) == 1 else f"{len(names):,} {many}"
-        print(f"{what}: {name_some(names, most)}")
+        print(f"{what}: {name_some(names)}")
 
 
 # ---- one photo ----
@@ -114,7 +108,7 @@ def opened(source):
 
     Whatever Pillow objects to becomes a ValueError that names the file.
     """
-    name, advice = "the image", "Save it as PNG or JPEG"
+    name = "the image"
     if isinstance(source, (np.ndarray, torch.Tensor)):
         source = from_array(np.asarray(source))
     try:
@@ -122,8 +116,6 @@ def opened(source):
             yield source
         else:
             name = printable(source)
-            if Path(source).suffix.lower() in HEIC and pillow_heif is None:
-                advice = "For photos of this format: pip install pillow-heif"
             if Path(source).is_fifo():              # reading would wait for ever
                 raise ValueError("it is a pipe, not a file")
             with warnings.catch_warnings():
@@ -133,7 +125,19 @@ def opened(source):
     except FileNotFoundError:
         raise ValueError(f"no such file or folder: {name}") from None
     except Exception as error:                      # of many kinds, by format
-        raise ValueError(f"{name} cannot be read ({error}). {advice}") from None
+        raise ValueError(f"{name} cannot be read ({error}){advice_on(error, name)}"
+                         ) from None
+
+
+def advice_on(error, name):
+    """What to do about a photo that cannot be read, where one can tell."""
+    if Path(name).suffix.lower() in HEIC and pillow_heif is None:
+        return ". For photos of this format: pip install pillow-heif"
+    if isinstance(error, UnidentifiedImageError):
+        return ". Save it as PNG or JPEG"
+    if isinstance(error, Image.DecompressionBombError):
+        return ". Make it smaller"
+    return ""
 
 
 def from_array(array):
@@ -210,9 +214,9 @@ def read_photo(source, size, white=None):
     with opened(source) as image:
         image = to_rgb(image, white, "white")
         pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-        picture = image.copy()
-        picture.thumbnail((PAGE_SIDE, PAGE_SIDE))
-    return Photo(torch.from_numpy(pixels).permute(2, 0, 1), picture, image.size)
+        shape = image.size
+        image.thumbnail((PAGE_SIDE, PAGE_SIDE))     # of a copy, which `to_rgb` has made
+    return Photo(torch.from_numpy(pixels).permute(2, 0, 1), image, shape)
 
 
 # ---- what photos look like as a whole ----
@@ -378,21 +382,17 @@ def list_images(paths):
             # Folders come before links, so that a file keeps its own name.
             below = [Path(folder, name) for name in {*folders} - own]
             below.sort(key=lambda path: (path.is_symlink(), path.name))
-            folders[:] = [path.name for path in below
-                          if is_new(path.resolve(), visited)]
+            folders[:] = []
+            for path_below in below:
+                if path_below.resolve() not in visited:
+                    visited.add(path_below.resolve())
+                    folders.append(path_below.name)
             for name in sorted({*names} - own):
                 image = Path(name).suffix.lower() in SUFFIXES
                 (found if image else other).append(Path(folder, name))
     say(other, "1 file is no image, and is passed over",
         "files are no images, and are passed over")
     return found + [Path(error.filename) for error in closed]
-
-
-def is_new(folder, visited):
-    """Whether a folder was not visited before. Now it is."""
-    known = folder in visited
-    visited.add(folder)
-    return not known
 
 
 def own_names(names):
@@ -473,10 +473,11 @@ def check_one_folder(files):
     """Raise ValueError where good photos lie in two folders, such as good and ok."""
     folders = sorted({printable(path.parent) for path in files})
     if len(folders) > 1:
-        raise ValueError(f"{' and '.join(folders)}: which holds the good ones? Keep it")
+        raise ValueError(f"{' and '.join(folders)}: which holds the good ones? Keep "
+                         "that folder alone")
 
 
-def read_folder(root, size, white=None):
+def read_folder(root, size):
     """A folder of photos, see LAYOUT -> Folder. Photos are squeezed to size x size.
 
     Photos that cannot be read are named and left out. So are exact copies of others and
@@ -490,8 +491,8 @@ def read_folder(root, size, white=None):
         test += [(path, name, 0) for path in kind.good]
         test += [(path, name, 1) for path in kind.bad]
         masks[name] = kind.masks
-    white = white or white_of([path for path, _, _ in train])
-    photos, unreadable = read_all([path for path, _, _ in train + test], size, white)
+    white = white_of([path for path, _, _ in train])
+    photos = read_all([path for path, _, _ in train + test], size, white)
     keys = {path: content_key(photo.pixels) for path, photo in photos.items()}
     train, test = usable(train, test, keys)
     if not train:
@@ -499,7 +500,7 @@ def read_folder(root, size, white=None):
 
     data = as_data(train, test, photos, masks, size)
     return Folder(
-        data=data, root=root, white=white, unreadable=unreadable,
+        data=data, root=root, white=white,
         files=[path.relative_to(root).as_posix() for path, _, _ in train],
         keys=[keys[path] for path, _, _ in train],
         tests=tests_key([(keys[path], name, label) for path, name, label in test],
@@ -516,10 +517,13 @@ def as_data(train, test, photos, masks, size):
     """
     kinds = [name for _, name, _ in train]
     labels = [label for _, _, label in test]
+    images = torch.empty(len(test), 3, size, size, dtype=torch.uint8)   # there may be 0
+    for i, (path, _, _) in enumerate(test):
+        images[i] = photos[path].pixels
     return Data(
         train=torch.stack([photos[path].pixels for path, _, _ in train]),
         train_classes=kinds, train_categories=kinds,
-        test=stack([photos[path].pixels for path, _, _ in test], size),
+        test=images,
         labels=torch.tensor(labels).long(),
         categories=[name for _, name, _ in test],
         masks=read_masks([(path, name) for path, name, _ in test], labels, masks, size))
@@ -539,17 +543,17 @@ def usable(train, test, keys):
     say([row[0] for row in copies],
         "1 photo is an exact copy of another, and is left out",
         "photos are exact copies of others, and are left out")
-    test = [row for row in test if row[0] in keys]
+    kinds = {kind for _, kind, _ in once}
+    untaught = [row[0] for row in test if row[0] in keys and row[1] not in kinds]
+    say(untaught,
+        "1 photo to test by is of a kind that has none to learn, and is left out",
+        "photos to test by are of kinds that have none to learn, and are left out")
+    test = [row for row in test if row[0] in keys and row[1] in kinds]
     learned = [row[0] for row in test if keys[row[0]] in first]
     say(learned,
         "1 photo to test by is learned, too. It proves nothing, and is left out",
         "photos to test by are learned, too. They prove nothing, and are left out")
     return once, [row for row in test if keys[row[0]] not in first]
-
-
-def stack(images, size):
-    """Images (3, size, size) as one tensor, which may be empty."""
-    return torch.stack(images) if images else torch.empty(0, 3, size, size).byte()
 
 
 def content_key(pixels):
@@ -575,7 +579,7 @@ def white_of(files):
 
 
 def read_all(files, size, white):
-    """-> {file: Photo}, and the files that cannot be read."""
+    """-> {file: Photo}, without those that cannot be read, which are named."""
     photos, unreadable = {}, []
     for path in with_progress(files, "photos read", len(files)):
         try:
@@ -587,8 +591,8 @@ def read_all(files, size, white):
             # Pictures to look at would take much memory: the page reads its few again.
             photos[path] = photo._replace(picture=None)
     say(unreadable, "1 photo cannot be read, and is left out",
-        "photos cannot be read, and are left out", most=1000)
-    return photos, unreadable
+        "photos cannot be read, and are left out")
+    return photos
 
 
 # ---- masks ----

@@ -220,9 +220,7 @@ def promise_of(state, kind, fpr):
     photos = sum(calibration.images[name] for name in kinds)
     parts = state.get("photos", {}).get("different")        # None of a run of train.py
     different = sum(parts[name] for name in kinds) if parts else photos
-    # Since rule 2, nearest tokens compare no photo with a near-copy of it.
-    apart = (state["config"]["model"] == "nearest"
-             and "rule" in state.get("photos", {}))
+    apart = state["config"]["model"] == "nearest"   # it compares no near-copies
     return promise(photos, fpr, different, " of all kinds" * (len(kinds) > 1), apart)
 
 
@@ -234,21 +232,15 @@ def promise(photos, fpr, different, of_kinds="", apart=False):
     other. Else a near-copy fits its twin better than a new part fits any photo, so that
     the share is a lower bound.
     """
-    or_more = "" if apart else ", or more"
+    or_more = "" if apart or different == photos else ", or more"
     needed = ev.images_needed(fpr)
     by = f"{photos} good photo{'s' * (photos != 1)}{of_kinds}"
-    if different == photos:
-        if photos >= needed:
-            return (f"About {percent(fpr)} of new good parts will exceed it. (It was "
-                    f"set by {by}.)")
-        return (f"It was set by {by}, which are too few to promise {percent(fpr)}: "
-                f"about {percent(1 / (photos + 1))} of new good parts may exceed it. "
-                f"For {percent(fpr)}, at least {needed} photos are needed.")
-    by += f" that show about {different} different part{'s' * (different != 1)}"
+    if different < photos:
+        by += f" that show about {different} different part{'s' * (different != 1)}"
     if different >= needed:
         return (f"About {percent(fpr)} of new good parts will exceed it{or_more}. (It "
                 f"was set by {by}.)")
-    return (f"It was set by {by}. These are too few to promise {percent(fpr)}: "
+    return (f"It was set by {by}. These are too few to promise {percent(fpr)}: about "
             f"{percent(1 / (different + 1))} of new good parts may exceed it{or_more}. "
             f"For {percent(fpr)}, photos of at least {needed} different parts are "
             "needed.")
@@ -405,16 +397,17 @@ def new_folder(run, out):
 
 def lead_to_latest(folder, run):
     """Let RUN/judged.html lead to the page in `folder`, if the run can be written."""
-    address = quote(os.path.relpath(folder / "judged.html", run).replace(os.sep, "/"))
     part = Path(run) / f"judged-{os.getpid()}.tmp"
     try:
+        page = os.path.relpath(folder / "judged.html", run)
+        address = quote(page.replace(os.sep, "/"))
         part.write_text(
             '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" '
             f'content="0; url={address}"><a href="{address}">the latest page</a>\n',
             encoding="utf-8")
         os.replace(part, Path(run) / "judged.html")
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError):              # the run may be read-only
+    except (OSError, ValueError):               # a read-only run, or another drive
+        with contextlib.suppress(OSError):
             part.unlink()
 
 
@@ -590,7 +583,8 @@ def parser():
     p = argparse.ArgumentParser(
         description="Judge new photos.", allow_abbrev=False,
         epilog="Exit status: 0 all are normal, 10 some are anomalous, 2 something "
-               "could not be read, judged or written, whatever the others are.")
+               "could not be read or judged, whatever the others are, or a disk is "
+               "full.")
     add = p.add_argument
     add("run", help="a folder that photos/learn.py or train.py wrote")
     add("images", nargs="+", help="files, and folders of files")
@@ -605,7 +599,8 @@ def parser():
     add("--page", action=argparse.BooleanOptionalAction, default=True,
         help="make the page and its pictures (default)")
     add("--out", help="a new folder for table and page (default: RUN/judged/DATE_TIME)")
-    add("--device", default="cpu", help="default: cpu")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="cpu",
+        help="default: cpu")
     return p
 
 
@@ -615,7 +610,7 @@ def main(argv=None):
         getattr(stream, "reconfigure", dict)(errors="backslashreplace")
     try:
         status = run_command(args)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:    # no CUDA
+    except (ValueError, OSError, RuntimeError) as error:
         parser().exit(NO_VERDICT, f"judge.py: {error}\n")
     except KeyboardInterrupt:
         parser().exit(INTERRUPTED, "\ninterrupted\n")

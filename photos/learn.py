@@ -17,14 +17,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where train.py is
 import evaluate as ev
 import train
 from data import split, to_float
-from photos.copies import (NEAREST_ARE_TURNED, add_copies, different_parts, stands,
-                           stands_in_words)
+from photos.copies import (NEAREST_ARE_TURNED, add_copies, different_parts,
+                           moves_in_words, tolerated_moves)
 from photos.images import (appearance, aspect, name_some, printable, read_folder,
                            read_photo)
 from photos.judge import heat_map_of, looks_of, nearest_look, promise_of
@@ -36,7 +38,7 @@ NEAREST = dict(
     backbone="efficientnet_lite2", image_size=256, strides=(8, 16), grid_stride=8,
     bank_images=10 ** 6, coreset=0.1)
 BANK_TOKENS = 10_000                    # at most so many: choosing them takes time
-TO_MOVE = 10                            # photos by which is measured what is stood
+TO_MOVE = 10                            # photos that are moved, to see what may move
 ON_PAGE = 60                            # photos on learned.html, those that fit least
 RATES = (0.2, 0.1, 0.05, 0.02, 0.01)    # of false alarms, in the table of what is found
 RULE = 2                                # raise it where the same photos would now set
@@ -80,6 +82,9 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
     stamp, before = stamp_of(out), earlier(out, again)
     photos = read_folder(folder, c["image_size"])
     print_folder(photos, c["model"])
+    if model == "nearest" and len(photos.files) == 1:
+        raise ValueError("a single photo cannot set a threshold: add photos. 19 are "
+                         "the least for 5 % of false alarms")
     if before and not again:
         check_folder(before, out, folder, photos)
         if same_choice(before, c, photos):
@@ -279,12 +284,11 @@ def unusual_of(scores):
     Far is five times the median distance from the median, made comparable with a
     standard deviation. Of fewer than eight scores none can be told.
     """
-    values = torch.tensor(list(scores.values()), dtype=torch.float64)
+    values = list(scores.values())
     if len(values) < 8:
         return []
-    middle = values.median()
-    width = 1.4826 * (values - middle).abs().median()
-    far = [i for i, score in scores.items() if score > middle + 5 * width]
+    limit = np.median(values) + 5 * stats.median_abs_deviation(values, scale="normal")
+    far = [i for i, score in scores.items() if score > limit]
     return sorted(far, key=lambda i: -scores[i])
 
 
@@ -339,7 +343,8 @@ def print_folder(photos, model):
     for kind in sorted(set(data.train_categories)):
         members = [i for i, other in enumerate(data.train_categories) if other == kind]
         labels = data.labels[ev.is_of(data.categories, kind)].tolist()
-        line = f"{printable(kind)}: {len(members):,} photos of good parts"
+        line = (f"{printable(kind)}: {len(members):,} photo{'s' * (len(members) != 1)} "
+                "of good parts")
         if labels:
             good, bad = labels.count(0), labels.count(1)
             line += f"; to test by {good} good and {bad} defective ones"
@@ -350,12 +355,11 @@ def print_folder(photos, model):
 
 def print_shapes(shapes):
     """A warning where photos of one kind have several shapes."""
-    if max(map(aspect, shapes)) - min(map(aspect, shapes)) > 0.05:
-        counts = [f"{shapes.count(shape)} of {shape[0]} x {shape[1]}"
-                  for shape in sorted(set(shapes))]
-        print(f"  WARNING: the photos have several shapes ({', '.join(counts)} pixels)."
-              " Each is squeezed to a square, so parts differ by it. Crop them to one "
-              "shape.")
+    narrow, wide = min(shapes, key=aspect), max(shapes, key=aspect)
+    if aspect(wide) - aspect(narrow) > 0.05:
+        print(f"  WARNING: the photos have several shapes (from {narrow[0]} x "
+              f"{narrow[1]} to {wide[0]} x {wide[1]} pixels). Each is squeezed to a "
+              "square, so parts differ by it. Crop them to one shape.")
 
 
 def print_near_copies(groups, model):
@@ -375,14 +379,14 @@ def print_near_copies(groups, model):
 
 
 def print_turned(shares):
-    """Which kinds lie anyhow, so that turned copies of them are learned, too."""
+    """Which kinds lie in any direction: turned copies of them are learned, too."""
     for kind, share in shares.items():
         if share >= NEAREST_ARE_TURNED:
-            print(f"{printable(kind)}: the parts lie anyhow. Turned copies of them "
-                  "are learned, too.")
+            print(f"{printable(kind)}: the parts lie in any direction. Turned copies "
+                  "of them are learned, too.")
 
 
-def what_is_stood(state, model, kind, data, device):
+def about_moves(state, model, kind, data, device):
     """How far good parts may move before they are called anomalous: a line."""
     c, calibration = state["config"], ev.Calibration(**state["calibration"])
     backbone = ev.open_backbone(c, device, state)
@@ -398,10 +402,10 @@ def what_is_stood(state, model, kind, data, device):
 
     limit, own = calibration.thresholds[kind], scores_of(state, kind)
     above = sum(own[number] > limit for number in numbers.tolist())
-    stood = {}
-    if above <= len(numbers) / 5:                       # else they need not move for it
-        stood = stands(scores_of_moved, limit, data.train[numbers])
-    return stands_in_words(stood, len(numbers))
+    tolerated = {}
+    if above <= len(numbers) / 5:               # else they exceed it without a move
+        tolerated = tolerated_moves(scores_of_moved, limit, data.train[numbers])
+    return moves_in_words(tolerated, len(numbers))
 
 
 def after_learning(state, model, record, data, inputs, before):
@@ -417,7 +421,7 @@ def after_learning(state, model, record, data, inputs, before):
         promised = promise_of(state, kind, c["fpr"])
         lines.append(f"{named}Threshold {limit:.4g}. {promised}")
         if c["model"] == "nearest":
-            lines.append("  " + what_is_stood(state, model, kind, data, c["device"]))
+            lines.append("  " + about_moves(state, model, kind, data, c["device"]))
         row = record["metrics"]["categories"][kind]
         lines += ev.about_threshold(kind, row, c["fpr"])[1:]
         lines += about_unusual(state, kind)
@@ -468,12 +472,13 @@ def table_of_found(state, model, data, inputs):
         own, labels = scores[mine, number], data.labels[mine]
         if not labels.any() or calibration.thresholds[kind] is None:
             continue
-        lines.append(f"On the test photos of {printable(kind)}, by the option of "
-                     "judge.py:")
-        lines.append("  --false-alarms   threshold   false alarms        found")
-        for fpr in RATES:
-            if fpr * (state["photos"]["different"][kind] + 1) < 1:
-                continue                                # cannot be promised
+        can_promise = [fpr for fpr in RATES
+                       if state["photos"]["different"][kind] >= ev.images_needed(fpr)]
+        if can_promise:
+            lines.append(f"On the test photos of {printable(kind)}, by the option of "
+                         "judge.py:")
+            lines.append("  --false-alarms   threshold   false alarms        found")
+        for fpr in can_promise:
             limit = ev.threshold_of(kind, calibration, c["score"], fpr)
             good, bad = own[labels == 0] > limit, own[labels == 1] > limit
             alarms = f"{int(good.sum())} of {len(good)}"
@@ -485,7 +490,8 @@ def table_of_found(state, model, data, inputs):
 def compared(before, state):
     """What has changed since the run was learned the last time: lines."""
     old, new = before["photos"], state["photos"]
-    sizes = [each["config"]["image_size"] for each in (before, state)]
+    configs = before["config"], state["config"]
+    sizes = [c["image_size"] for c in configs]
     # What photos show is compared at one size. At two, their names are.
     by = "keys" if sizes[0] == sizes[1] else "files"
     added = [file for file, key in zip(new["files"], new[by]) if key not in old[by]]
@@ -498,6 +504,10 @@ def compared(before, state):
     if by == "files":
         return [*lines, f"They were learned at {sizes[0]} pixels then and are at "
                         f"{sizes[1]} now, so the thresholds cannot be compared."]
+    if any(configs[0].get(key) != configs[1].get(key)
+           for key in ("model", "backbone", "score")):
+        return [*lines, "They were learned by another model then, so the thresholds "
+                        "cannot be compared."]
     for kind, limit in state["calibration"]["thresholds"].items():
         earlier_limit = before["calibration"]["thresholds"].get(kind)
         if limit is not None and earlier_limit not in (None, limit):
