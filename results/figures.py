@@ -34,8 +34,7 @@ ANNEALED = "L2 of 3 to 8 epochs, each run to its end"
 # The two autoencoders of the picture at the top of README.md.
 IDEA = {
     "MNIST, trained on the digit 3": dict(
-        dataset="mnist", normal="3", latent=8, lr=1e-3, epochs=8,
-        out="runs/idea-digits"),
+        dataset="mnist", normal="3", out="runs/idea-digits"),
     "MVTec AD, trained on good bottles": dict(
         dataset="mvtec", normal="bottle", image_size=128, latent=32, epochs=100,
         out="runs/idea-bottles"),
