@@ -649,8 +649,7 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     if not is_first_process():
         return {}                                   # the first process does the rest
     if interrupted and report:
-        print(f"\ninterrupted: judging the last full epoch. python train.py --resume "
-              f"{shlex.quote(c['out'])} goes on from it")
+        print_interrupted(c["out"])
 
     # 4. Judge the test images by the error of their reconstruction, and keep it all.
     record = judge_and_save(c, model, data, inputs, save, command)
@@ -843,6 +842,11 @@ def print_start(c, data, inputs):
     print("options:", *(f"{key}={value}" for key, value in c.items()))
     if c.get("amp"):
         print("Products of matrices are computed in bfloat16, which is faster here.")
+
+
+def print_interrupted(out):
+    print(f"\ninterrupted: judging the last full epoch. python train.py --resume "
+          f"{shlex.quote(out)} goes on from it")
 
 
 def print_end(record):

@@ -29,9 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where evaluate.py is
 import evaluate as ev
 from data import resize, to_float, with_progress
-from photos.images import (appearance, content_key, has_another_shape,
-                           how_they_differ, list_images, name_some, printable,
-                           read_photo)
+from photos.alike import (appearance, has_another_shape, how_they_differ, looks_of,
+                          nearest_look)
+from photos.images import content_key, list_images, name_some, printable, read_photo
 from photos.page import Row, lay_over, write_page
 
 NORMAL, ANOMALOUS, NO_VERDICT, INTERRUPTED = 0, 10, 2, 130      # exit statuses
@@ -248,40 +248,6 @@ def promise(photos, fpr, different, of_kinds="", apart=False):
 
 def percent(share):
     return f"{100 * share:.2g} %"
-
-
-# ---- which kind ----
-
-def looks_of(stored):
-    """What photos look like as a whole, to tell their kinds: (N, C, h, w) -> (N, D).
-
-    It is how the values of each channel are distributed over the photo: five quantiles
-    of them. So neither where a part lies counts, nor a defect that covers a tenth of
-    it.
-    """
-    values = to_float(stored).flatten(2).sort(2).values                 # (N, C, h w)
-    places = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]) * (values.shape[2] - 1)
-    return values[:, :, places.round().long()].flatten(1)
-
-
-def nearest_look(looks, learned, kinds, leave_out=False):
-    """The number of the learned photo that looks most alike.
-
-    looks: (B, D). learned: (N, D). kinds: N names. leave_out: the looks are those
-    learned, and none is compared with itself. Differences count by how far photos of
-    one kind differ. -> B numbers
-    """
-    within = torch.zeros(learned.shape[1])
-    for kind in set(kinds):
-        own = learned[ev.is_of(kinds, kind)]
-        within += own.var(0, correction=0) * len(own) / len(learned)
-    # A value that hardly varies must not turn its noise into a large distance.
-    width = within.sqrt() + 0.05 * within.sqrt().mean() + 1e-6
-    distances = torch.cdist(looks / width, learned / width,
-                            compute_mode="donot_use_mm_for_euclid_dist")
-    if leave_out:
-        distances.fill_diagonal_(math.inf)
-    return distances.argmin(1).tolist()
 
 
 # ---- what a call leaves on disk ----

@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where train.py
 import evaluate as ev
 import train
 from data import split, to_float
+from photos.alike import appearance, aspect, looks_of, nearest_look
 from photos.copies import (NEAREST_ARE_TURNED, add_copies, different_parts,
                            moves_in_words, tolerated_moves)
-from photos.images import (appearance, aspect, name_some, printable, read_folder,
-                           read_photo)
-from photos.judge import heat_map_of, looks_of, nearest_look, promise_of
+from photos.images import name_some, printable, read_folder, read_photo
+from photos.judge import heat_map_of, promise_of
 from photos.page import Row, embedded, lay_over, write_page
 
 # What learns photos if nothing else is said: PatchCore's memory bank on features whose
@@ -363,7 +363,7 @@ def print_shapes(shapes):
 
 
 def print_near_copies(groups, model):
-    """A warning where a fifth are near-copies. groups: see images.near_copies."""
+    """A warning where a fifth are near-copies. groups: see alike.near_copies."""
     alike, parts = sum(groups.count(group) > 1 for group in groups), len(set(groups))
     if alike < 0.2 * len(groups):
         return

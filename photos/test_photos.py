@@ -34,7 +34,7 @@ import data
 import evaluate as ev
 import train
 import uniad
-from photos import copies, images, judge, learn, page
+from photos import alike, copies, images, judge, learn, page
 from photos.copies import moved
 from photos.images import read_folder, read_photo
 from photos.judge import Judge
@@ -432,9 +432,9 @@ def test_near_copies_are_photos_far_closer_than_is_usual_and_exposure_does_not_m
         noise = np.random.default_rng().normal(0, 1, (64, 64, 3))
         return torch.from_numpy(blocks.repeat(8, 0).repeat(8, 1) + noise)
     several = torch.stack([shot(i) for i in range(12)]).permute(0, 3, 1, 2).byte()
-    assert len(set(images.near_copies(several))) == 12
+    assert len(set(alike.near_copies(several))) == 12
     bursts = torch.stack([shot(i // 4, 1 + i % 4 / 20) for i in range(12)])
-    groups = images.near_copies(bursts.permute(0, 3, 1, 2).byte())
+    groups = alike.near_copies(bursts.permute(0, 3, 1, 2).byte())
     assert [groups[i] == groups[j] for i in range(12) for j in range(12)] == [
         i // 4 == j // 4 for i in range(12) for j in range(12)]
 
@@ -446,19 +446,19 @@ def test_shots_of_a_hand_held_camera_are_near_copies_too():
     shots = []
     for right, down in ((0, 0), (0.011, -0.005), (-0.014, 0.003)):
         shots.append(moved(parts.byte(), right, down))
-    groups = images.near_copies(torch.cat(shots))
+    groups = alike.near_copies(torch.cat(shots))
     assert groups[:12] == groups[12:24] == groups[24:] and len(set(groups)) == 12
 
 
 def test_the_shift_of_a_photo_is_found_and_undone_to_a_fraction_of_a_pixel():
     values = -(torch.tensor([-1.0, 0.0, 1.0]) - 0.3) ** 2               # highest at .3
-    assert float(images.top_of_parabola(*values)) == pytest.approx(0.3)
+    assert float(alike.top_of_parabola(*values)) == pytest.approx(0.3)
     torch.manual_seed(0)
     photo = F.interpolate(torch.rand(1, 3, 14, 14) * 255, (112, 112), mode="bicubic")
     photo = photo.clamp(0, 255).byte()
     shifted = moved(photo, right=1.3 / 112, down=-2.4 / 112)
-    reference = images.details(photo)[0]
-    there, back = images.aligned(torch.cat([photo, shifted]), reference)
+    reference = alike.details(photo)[0]
+    there, back = alike.aligned(torch.cat([photo, shifted]), reference)
     plain = F.interpolate(shifted.float(), (48, 48), mode="area")[0]
     assert (back - there).abs().mean() < 0.2 * (plain - there).abs().mean()
 
@@ -466,10 +466,10 @@ def test_the_shift_of_a_photo_is_found_and_undone_to_a_fraction_of_a_pixel():
 def test_exposures_of_one_photo_are_near_copies_and_no_size_is_too_small():
     photos = torch.randint(0, 200, (1, 3, 64, 64), dtype=torch.uint8)
     exposures = torch.cat([photos + step for step in range(30)])
-    assert len(set(images.near_copies(exposures))) == 1
+    assert len(set(alike.near_copies(exposures))) == 1
     for side in (1, 2, 3, 8):
         photos = torch.randint(0, 256, (5, 3, side, side), dtype=torch.uint8)
-        assert len(images.near_copies(photos)) == 5
+        assert len(alike.near_copies(photos)) == 5
 
 
 def test_shots_of_most_photos_part_are_found_and_their_kind_is_compared_with_itself():
@@ -477,7 +477,7 @@ def test_shots_of_most_photos_part_are_found_and_their_kind_is_compared_with_its
     coarse = torch.rand(11, 3, 16, 16, generator=generator)
     parts = (F.interpolate(coarse, (64, 64), mode="bicubic") * 255).clamp(0, 255).byte()
     shots = torch.cat([moved(parts[:1], i / 640, -i / 640) for i in range(30)])
-    groups = images.near_copies(torch.cat([shots, parts[1:]]))
+    groups = alike.near_copies(torch.cat([shots, parts[1:]]))
     assert len(set(groups[:30])) == 1 and len(set(groups)) == 11
     # Photos of a kind that shows one part set its threshold by each other.
     for number in range(24):
@@ -543,20 +543,20 @@ def test_judging_names_photos_of_another_shape_and_says_how_all_differ(learned_o
 def test_a_measure_of_appearance_moves_with_what_it_is_named_for():
     x = torch.stack([torch.from_numpy(np.asarray(part(i)).copy()) for i in range(8)])
     x = x.permute(0, 3, 1, 2)
-    usual = images.appearance(x)
+    usual = alike.appearance(x)
     red = x.clone()
     red[:, 0] += 30
     blurred = F.avg_pool2d(x.float(), 5, 1, 2, count_include_pad=False)
     for other, words in ((x // 2, "darker"), (x + 40, "brighter"), (red, "redder"),
                          (blurred, "blurrier"), (x, None)):
-        found = images.how_they_differ(images.appearance(other), usual)
+        found = alike.how_they_differ(alike.appearance(other), usual)
         assert words in found if words else not found, (words, found)
     plain = torch.full((8, 3, 64, 64), 50, dtype=torch.uint8)
     plain[:, :, 20:40, 20:40] = 200                         # moved: 9 pixels of 64
-    usual = images.appearance(plain)
+    usual = alike.appearance(plain)
     for other, words in ((plain.roll(9, 3), "shifted to the right"),
                          (plain.roll(-9, 2), "shifted up")):
-        assert images.how_they_differ(images.appearance(other), usual) == [words]
+        assert alike.how_they_differ(alike.appearance(other), usual) == [words]
 
 
 def test_a_photo_among_the_good_ones_that_shows_a_defect_is_pointed_at():
@@ -982,11 +982,11 @@ def test_the_nearest_look_is_measured_by_how_far_photos_of_one_kind_differ():
     variances = [learned[:5].var(0, correction=0), learned[5:].var(0, correction=0)]
     width = (variances[0] / 4 + variances[1] * 3 / 4).sqrt()
     width = width + 0.05 * width.mean() + 1e-6
-    for look, found in zip(looks, judge.nearest_look(looks, learned, kinds)):
+    for look, found in zip(looks, alike.nearest_look(looks, learned, kinds)):
         distances = [float(((look - other) / width).norm()) for other in learned]
         assert found == int(np.argmin(distances))
-    assert judge.nearest_look(learned, learned, kinds) == list(range(20))
-    others = judge.nearest_look(learned, learned, kinds, leave_out=True)
+    assert alike.nearest_look(learned, learned, kinds) == list(range(20))
+    others = alike.nearest_look(learned, learned, kinds, leave_out=True)
     assert all(i != other for i, other in enumerate(others))
     assert [kinds[i] for i in others] == kinds
 
