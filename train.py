@@ -621,11 +621,9 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     After Ctrl-C the last full epoch is judged, and record["interrupted"] is True.
     """
     started = time.perf_counter()
-    # Denormal numbers, such as LAMP's tiny gradients, are slow: they become 0.
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)      # LAMP's tiny gradients become 0: they are slow
     c = with_defaults(config)
-    # What model.pt of a run to go on with holds, or None.
-    state = saved_run(c["out"]) if resume else None
+    state = saved_run(c["out"]) if resume else None         # what its model.pt holds
     if state:
         may_change = {key: config[key] for key in MAY_CHANGE if key in config}
         c = resumed_config(c["out"], may_change)
@@ -638,9 +636,9 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     if report:
         print_start(c, data, inputs)
 
-    # 2. The model, with its first weights or those of a saved run.
+    # 2. The model, with its first weights or those of a saved run. It is saved once now,
+    # so that a full disk shows before an epoch is trained.
     model = first_model(c, inputs, device, state)
-    # Saving once before training shows a full disk now, and not after an epoch.
     save = saver(c, model, data, inputs, backbone)
     save(state or {"history": []})
 
