@@ -623,7 +623,8 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     started = time.perf_counter()
     torch.set_flush_denormal(True)      # LAMP's tiny gradients become 0: they are slow
     c = with_defaults(config)
-    state = saved_run(c["out"]) if resume else None         # what its model.pt holds
+    # What model.pt of a run to go on with holds, or None.
+    state = saved_run(c["out"]) if resume else None
     if state:
         may_change = {key: config[key] for key in MAY_CHANGE if key in config}
         c = resumed_config(c["out"], may_change)
@@ -636,8 +637,8 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     if report:
         print_start(c, data, inputs)
 
-    # 2. The model, with its first weights or those of a saved run. It is saved once now,
-    # so that a full disk shows before an epoch is trained.
+    # 2. The model, with its first weights or those of a saved run. It is saved once
+    # now, so that a full disk shows before an epoch is trained.
     model = first_model(c, inputs, device, state)
     save = saver(c, model, data, inputs, backbone)
     save(state or {"history": []})
