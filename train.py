@@ -623,8 +623,7 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
     started = time.perf_counter()
     torch.set_flush_denormal(True)      # LAMP's tiny gradients become 0: they are slow
     c = with_defaults(config)
-    # What model.pt of a run to go on with holds, or None.
-    state = saved_run(c["out"]) if resume else None
+    state = saved_run(c["out"]) if resume else None     # of a run to go on with
     if state:
         may_change = {key: config[key] for key in MAY_CHANGE if key in config}
         c = resumed_config(c["out"], may_change)
