@@ -30,6 +30,7 @@ WORDS = {                               # for options and metrics
     "setting": "{}",
     "latent": "code 2x2x{}",
     "epochs": "{} epochs",
+    "image_size": "{} pixels",
     "query": "queries: {}",
     "over": "maximum over the {}",
     "image_auroc": "image AUROC",
@@ -65,6 +66,8 @@ GAINS = {                               # where LAMP was tried
     "MVTec AD, the same, 30 epochs, by loss and optimizer (4 categories)": dict(
         experiments=["table2"], keys=["loss", "optimizer"], best_of=["lr"],
         where={"category!": ["grid"]}),
+    "MVTec AD, autoencoder of 256 x 256 pixels (5 categories)": dict(
+        experiments=["large"], keys=["image_size"]),
     "MVTec AD, one model of features, minutes "
     "(5 categories; UniAD with queries: 3)": dict(
         experiments=["minutes"], keys=["model", "query"],
@@ -75,6 +78,10 @@ GAINS = {                               # where LAMP was tried
     "MVTec AD, one UniAD, 816 steps of batch size 64 (5 categories)": dict(
         experiments=["unified"], keys=["query"],
         where={"model": ["uniad"], "over": [None, "image"]}),
+    "MVTec AD, one UniAD from the two-step start (5 categories)": dict(
+        experiments=["learned"], keys=["epochs"],
+        where={"neighbors": [7], "query": ["layerwise"], "jitter": [5.0],
+               "epochs": [5]}),
 }
 # the options of the paper's tables
 OF_PAPER = ("loss", "batch_size", "optimizer", "category", "setting")
