@@ -358,9 +358,6 @@ def learned():
         yield dict(short, seed=seed)
         for change in (dict(neighbors=0), dict(query="first"), dict(jitter=0.0), LAMP):
             yield {**short, **change, "seed": seed}
-    long = dict(short, batch_size=16, epochs=24, eval_every=6)      # as in start
-    for seed in (0, 1):
-        yield {**long, **LAMP, "seed": seed}
 
 
 def strides():
@@ -375,8 +372,8 @@ def strides():
 def seconds():
     """image AUROC over seconds: UniAD from both starts, a CNN, PCA, nearest tokens"""
     for first in ("two-step", "random"):
-        yield dict(UNIAD, batch_size=8, epochs=5, start=first, eval_every=1)
-    yield dict(CNN, batch_size=8, lr=0.02, epochs=12, eval_every=2)
+        yield dict(UNIAD, batch_size=8, epochs=5, start=first, eval_every=2)
+    yield dict(CNN, batch_size=8, lr=0.02, epochs=12, eval_every=4)
     for components in (30, 400):
         yield dict(SOLVED, model="pca", components=components)
     for images in (100, 400):
