@@ -668,7 +668,7 @@ def settle(c, images):
         steps_an_epoch = math.ceil(images / c["batch_size"])
         c["epochs"] = max(1, round(c["steps"] / steps_an_epoch))
     if c["eval_every"] is None:
-        c["eval_every"] = max(1, c["epochs"] // 4)
+        c["eval_every"] = math.ceil(c["epochs"] / 4)
     if c["amp"] == "auto":
         c["amp"] = bfloat16_is_faster(c["device"])
 
