@@ -1237,7 +1237,8 @@ def test_every_key_of_the_defaults_is_one_that_its_model_takes():
 def test_epochs_follow_from_a_number_of_steps():
     c = dict(epochs=None, steps=1000, batch_size=8, eval_every=None, amp=False)
     train.settle(c, images=100)                         # 13 steps an epoch
-    assert c["epochs"] == round(1000 / 13) and c["eval_every"] == c["epochs"] // 4
+    assert c["epochs"] == 77 == round(1000 / 13)
+    assert c["eval_every"] == 20                        # so four times: 20, 40, 60, 77
 
 
 # ---- train.py: runs ----

@@ -448,7 +448,7 @@ COMMON = dict(
     dataset="digits", normal="0", data_dir="data", seed=0, device="auto",
     validate=False,                     # judge on a sixth of the training split
     fpr=0.05,                           # the false alarms that the threshold allows
-    eval_every=None,                    # epochs; None: a quarter of them; 0: at the end
+    eval_every=None,                    # epochs; None: four times; 0: at the end alone
     pictures=True)
 PIXELS = dict(backbone="none", image_size=32, score="sum")
 FEATURES = dict(
