@@ -198,7 +198,7 @@ class Muon(torch.optim.AdamW):
         W <- W - lr (weight_decay W + sqrt(max(1, rows/columns)) D)
 
     This moves the weights W of linear layers and of convolutions, which are taken as
-    matrices (out, in k k). G is the gradient. They are told by their names: they end in
+    matrices (out, in k k). G is the gradient. Names tell which these are: they end in
     "weight", and have no "project" in them. All other parameters (queries, positions,
     norms, biases, and the linear maps project_in and project_out) take Adam's
     step at lr / 20, without weight decay. AdamW's own `step` passes over parameters
