@@ -1,11 +1,11 @@
 """Evaluate: from the error of a reconstruction to AUROC, for every model here.
 
-    error = (x_hat - x)^2       at each place of an image, summed over the channels;
-                                at each token of features its root: large where the
-                                model has not learned to reconstruct
-    score = the error's sum, mean or "max"; or "standardized": at each place (error -
-            mean of the normals' errors) / their spread, then the mean of the largest
-            2.5 % of the places
+    error = (x_hat - x)^2       summed over the channels, at each place of an image. Of
+                                features, the root of that sum at each token. It is
+                                large where the model has not learned to reconstruct.
+    score = the error's sum, its mean, or its largest mean of 16 x 16 pixels ("max"). Or
+            "standardized": at each place (error - mean of the normals' errors) / their
+            spread, then the mean of the largest 2.5 % of the places
     image AUROC                 the chance that an anomaly's score exceeds a normal's
 
     python evaluate.py RUN...   the numbers and pictures of saved runs, made again
@@ -377,11 +377,10 @@ def calibrate(model, c, inputs, size):
     # The color scale ends at twice the error that one normal pixel of 1,000 exceeds.
     highest = float(np.quantile(torch.cat(maps), 0.999)) if maps else 0.0
     color_limit = 2 * highest if highest > 0 else 1.0
-    thresholds = {}
-    calibration = Calibration(size, statistics, thresholds, images, color_limit, scores)
-    for name in scores:
-        thresholds[name] = threshold_of(name, calibration, c["score"], c["fpr"])
-    return calibration
+    calibration = Calibration(size, statistics, {}, images, color_limit, scores)
+    thresholds = {name: threshold_of(name, calibration, c["score"], c["fpr"])
+                  for name in scores}
+    return calibration._replace(thresholds=thresholds)
 
 
 def set_by(name, calibration, how, fpr):

@@ -131,10 +131,10 @@ def scale(error, eps=0.03, over="image", detach=True):
     over: "image" divides each image by its own largest error, so that every image
         counts equally. "batch" divides all of them by the largest error of the batch,
         so that badly reconstructed images count more.
-    detach: if True, no gradient flows through the maximum. If False, one does, and a
-        step also pushes the largest error up, which lowers all other L'.
-    Raises ValueError for another `over`, and for an eps that is not below 1, or so
-    small that the dtype rounds 1 - eps to 1. The logarithm would be infinite there.
+    detach: if True, no gradient flows through the maximum. If False, it does. A step
+        then also pushes the largest error up, which lowers all other L'.
+    Raises ValueError for another `over`, and for an eps that is not below 1, or that is
+    below the dtype's precision. 1 - eps could be 1 there, and its logarithm infinite.
     """
     precision = torch.finfo(error.dtype)
     if not precision.eps <= eps < 1:
@@ -187,7 +187,7 @@ class ReconstructionLoss(nn.Module):
         # In float16 the sum over an image could overflow.
         error = at_least_float32(error)
         self.base_error = error.detach().sum() / len(y)
-        if self.amplified:                                  # by the function above
+        if self.amplified:
             error = lamp(error, self.eps, self.over, self.detach)
         return error.sum() / len(y)
 

@@ -82,12 +82,13 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
         model.train()
         for step, index in enumerate(batches):
             # Take a batch as the model sees it. Several processes share its images.
-            mine, weight = share_of(index)          # of one process: the batch, and 1
+            mine, weight = share_of(index)          # one process: all of it, weight 1
             x = prepare(inputs[mine].to(device))
             x = x.contiguous(memory_format=torch.channels_last)
             target = x if targets is None else targets[mine].to(device)
 
-            # Reconstruct it. Compare (Eq. 1, 2) in float32: LAMP needs 1 - L' exactly.
+            # Reconstruct it. Compare (Eq. 1, 2) in float32: bfloat16 would round the
+            # 1 - L' of LAMP too coarsely.
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x_hat = network(x)
             loss = criterion(x_hat.float(), target) / target[0].numel()
@@ -613,7 +614,7 @@ def run(config, data=None, criterion=None, resume=False, command="train.run",
         report=True):
     """One run, from a config to a folder on disk -> its record, as in run.json.
 
-    config: any keys of DEFAULTS. data: a Data, where data.load does not make it.
+    config: any keys of DEFAULTS. data: a Data to use, instead of loading one.
     criterion: what to train by, in place of the config's loss.
     resume: if config["out"] holds a run already, go on with it. Of the config only the
         keys MAY_CHANGE count then. Without `resume`, a run that is there is replaced.
@@ -778,7 +779,7 @@ def judge_now(c, model, data, inputs):
     # is our choice; the paper says nothing of it. With PyTorch's momentum of 0.1 they
     # remember about ten batches, and at batch size 1 ten images. Training never reads
     # them, and no random number is drawn, so training stays the same.
-    batches = inputs.train.tensor_split(-(-len(inputs.train) // 256))
+    batches = inputs.train.tensor_split(math.ceil(len(inputs.train) / 256))
     seen = (inputs.prepare(x.to(c["device"])) for x in batches)
     update_bn(seen, model.eval())
     return ev.judge(model, c, data, inputs)

@@ -11,21 +11,21 @@ FeatureCNN at the end of this file have none of them.
 
     image -> Backbone -> f -> jitter -> linear map -> encoder -> m
     q_l, m, output of layer l - 1 -> decoder layer l            (layer 1 gets m twice)
-    last decoder layer -> linear map -> f_hat
+    last decoder layer -> layer norm -> linear map -> f_hat
 
     encoder       neighbor-masked (NME)
     decoder       with layer-wise queries (LQD), neighbor-masked as well
     training      minimize the mean of (f_hat - f)^2, with f before the jitter
     anomaly map   the distance ||f_hat - f|| of each token
 
-    symbol    shape       what it is (alpha is a number)
+    symbol    shape       what it is
     f, f_hat  (B, N, C)   tokens of a g x g grid (N = g g), and their reconstruction
     m         (B, N, D)   the encoder's output (memory), D = dim
     q_l       (N, D)      the learned query of decoder layer l
     position  (N, D)      learned: half of D for the column, half for the row
-    alpha     -           the scale of the feature jitter, 20 in the paper
+    alpha     a number    the scale of the feature jitter, 20 in the paper
 
-A first reading needs `jitter` to `UniAD.forward`. `Backbone` comes before them.
+A first reading may begin at `jitter` and end with `UniAD.forward`. `Backbone`,
 `from_official`, `two_step_start` and the baselines can wait.
 
 Differences from the authors' code (github.com/zhiyuanyou/UniAD):
@@ -42,9 +42,8 @@ Differences from the authors' code (github.com/zhiyuanyou/UniAD):
      the seed.
   6. Features are rounded to float16, so that cached and computed ones agree.
   7. train.py's defaults take minutes instead of days: the optimizer Muon, no dropout,
-     and jitter 5. Since ||f||^2 is about C, a scale of 20 would add noise of variance
-     400/C = 1.5 to each value. A feature's variance is 1, and that of a trained model's
-     error is 0.2 or less.
+     and jitter 5. A scale of 20 adds noise of 400/C = 1.5 times the variance of a value
+     (C = 272), far more than the error of a trained model, which is 0.2 or less.
   8. train.py starts from the weights of `two_step_start`. UniAD(start="random"), the
      default of the class, draws them as the authors do, but anew for each layer: they
      copy the first layer's q, k, v and query.
@@ -62,7 +61,7 @@ from torchvision.transforms.functional import normalize
 # ---- features: a frozen CNN ----
 
 # The stages of each network, {stride: name of the layer}, whose outputs are features.
-# On MVTec AD the paper takes all four strides. (On CIFAR-10 its code takes a fifth.)
+# On MVTec AD the paper takes all four strides. (On CIFAR-10 its code takes one more.)
 STAGES = {
     "efficientnet_b4": {2: "features.1", 4: "features.2",
                         8: "features.3", 16: "features.5"},
@@ -267,8 +266,8 @@ def neighbor_mask(height, width, size):
     """Neighbor-masked attention (NMA): a mask (HW, HW) to add to the attention scores.
 
     It is -inf where |dy| <= size // 2 and |dx| <= size // 2, and 0 elsewhere, so an
-    even size counts as the next odd one. A token may not look at itself or at its
-    neighbors, whose features say what its own are.
+    even size counts as the next odd one. A token may not look at itself. It may not
+    look at its neighbors either, since their features resemble its own.
     Raises ValueError where a token would see nothing, since softmax would be NaN.
     """
     tokens = torch.arange(height * width)
@@ -307,13 +306,15 @@ class Attention(nn.Module):
         k = self.split_heads(self.to_k(k))
         v = self.split_heads(self.to_v(v))
 
-        # Each token weighs those that it may look at. F.scaled_dot_product_attention is
-        # the same, but on a CPU in bfloat16 its gradient takes several times as long.
+        # Each token gives a weight to each token that it may look at.
+        # F.scaled_dot_product_attention does the same as this and the next step, but on
+        # a CPU in bfloat16 its gradient takes several times as long.
         q = q / math.sqrt(q.shape[-1])
         scores = q @ k.mT + self.mask.to(q.dtype)                   # (B, heads, N, N)
         weights = scores.softmax(dim=-1)
 
-        # It takes the mean of their values, and the heads are put side by side again.
+        # Its result is the weighted mean of their values, in each head. The heads are
+        # put side by side again.
         y = (weights @ v).transpose(1, 2).flatten(2)                # (B, N, D)
         return self.out(y)
 
@@ -351,9 +352,11 @@ class DecoderLayer(nn.Module):
 
     memory: the encoder's output m, (B, N, D).
     previous: the output of the decoder layer before this one, (B, N, D). The first
-        layer gets the memory. -> (B, N, D)
-    learned: False takes `previous` as the query instead. The residual connection then
-        carries `previous` past the mask, so that a copy of the memory is possible.
+        layer gets the memory.
+    learned: False takes `previous` as the query instead. In the first layer that is the
+        memory itself, which the residual connection then carries past the mask. So a
+        copy of the memory is possible.
+    forward: memory, previous, position (N, D) -> (B, N, D).
     """
 
     def __init__(self, tokens, dim, heads, hidden, dropout, mask, learned=True):
@@ -531,7 +534,7 @@ def initialize(module):
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
-    if isinstance(module, Attention):
+    if isinstance(module, Attention):               # after its linear maps
         # The authors keep q, k and v in one matrix. Xavier's bound sqrt(6 / (in + out))
         # is smaller for its shape (3 D, D) than for (D, D), by a factor of sqrt(2).
         for linear in (module.to_q, module.to_k, module.to_v):
@@ -547,8 +550,8 @@ def two_step_start(model, step, amplitude=3.0, highest=2.0):
     """Give a UniAD first weights by which its input reaches its output.
 
     This is ours, not the paper's. It copies on purpose, around the mask. The mask hides
-    a token t from its own place, so what is particular to an image can reach f_hat at t
-    in two steps alone:
+    a token t from its own place, so what is particular to an image there needs two
+    steps of attention at least to reach f_hat at t. This start makes one such way:
 
         encoder    token s = t - step * direction takes the content of t
         decoder    token t takes the content of s
@@ -565,6 +568,7 @@ def two_step_start(model, step, amplitude=3.0, highest=2.0):
     amplitude sin(w r), with D/4 frequencies w up to `highest`; columns likewise. W_q
     rotates them by the angle w step, which is to move them by `step`. So the attention
     score is largest where k lies `step` away from q. A large amplitude makes it sharp.
+    Near a border some directions leave the grid. Their heads look elsewhere.
     Raises ValueError for more than 8 heads, or a D that is no multiple of 4 heads.
     """
     grid, half = model.rows.shape                                   # half = D/2
@@ -673,24 +677,25 @@ class NearestToken(nn.Module):
         self.bank = nn.Parameter(torch.zeros(tokens, channels), requires_grad=False)
         self.register_buffer("image", torch.zeros(tokens, dtype=torch.long))
 
-    def solve(self, features, images=None, candidates=None):
+    def solve(self, features, parts=None, candidates=None):
         """Fill the bank from features of normal images, (N, C, g, g).
 
-        images: (N,) numbers, by which `forward` can leave an image out. An image and
-        its turned copy, say, have one number. By default they count 0, 1, 2, ...
+        parts: (N,) the number of the part that each image shows, by which `forward` can
+            leave images out. An image and its turned copy, say, show one part. By
+            default each image shows another.
         candidates: how many tokens, drawn at random, are considered. None takes all.
         """
-        if images is None:
-            images = torch.arange(len(features))
+        if parts is None:
+            parts = torch.arange(len(features))
         tokens = features.flatten(2).mT.flatten(0, 1)               # (N g g, C)
-        image_of = images.repeat_interleave(len(tokens) // len(images))
+        part_of = parts.repeat_interleave(len(tokens) // len(parts))
         if candidates is not None and candidates < len(tokens):
             generator = torch.Generator().manual_seed(0)
             drawn = torch.randperm(len(tokens), generator=generator)[:candidates]
-            tokens, image_of = tokens[drawn], image_of[drawn]
+            tokens, part_of = tokens[drawn], part_of[drawn]
         chosen = coreset(tokens, len(self.bank))
         self.bank.copy_(tokens[chosen])
-        self.image.copy_(image_of[chosen])
+        self.image.copy_(part_of[chosen])
 
     def forward(self, features, leave_out=None):
         """Reconstruct features from the bank: (B, C, g, g) -> (B, C, g, g).

@@ -16,6 +16,11 @@ from data import to_float
 from evaluate import is_of
 
 
+def numbers_of(kinds, kind):
+    """Which photos are of a kind: their numbers, as a list. kinds: N names."""
+    return [i for i, other in enumerate(kinds) if other == kind]
+
+
 # ---- how photos differ as a whole ----
 
 APPEARANCE = {                      # words for less and for more, and the least spread
@@ -188,7 +193,7 @@ def parts_shown(data):
     kinds = data.train_categories
     parts, first = [0] * len(kinds), 0
     for kind in sorted(set(kinds)):
-        members = [i for i, other in enumerate(kinds) if other == kind]
+        members = numbers_of(kinds, kind)
         for i, number in zip(members, near_copies(data.train[members])):
             parts[i] = first + number
         first = max(parts) + 1

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import evaluate as ev
 from data import cached_features
+from photos.alike import numbers_of
 from photos.images import content_key
 
 MOVED = 2                               # moved copies of each photo
@@ -79,7 +80,7 @@ def add_copies(data, backbone):
     for kind in sorted(set(data.train_categories)):
         some = different_parts(data, kind, TO_DECIDE)
         shares[kind] = share_of_turned(data.train[some], kind, backbone)
-        members = [i for i, other in enumerate(data.train_categories) if other == kind]
+        members = numbers_of(data.train_categories, kind)
         if shares[kind] >= NEAREST_ARE_TURNED:
             copies.append(turned_copies(data.train[members]))
             copy_of += members * (TURNS - 1)
@@ -92,9 +93,8 @@ def different_parts(data, kind, count):
     """Numbers of at most `count` training photos of a kind, each of another part."""
     parts = range(len(data.train)) if data.parts is None else data.parts.tolist()
     first = {}                                              # {part: its first photo}
-    for i, other in enumerate(data.train_categories):
-        if other == kind:
-            first.setdefault(parts[i], i)
+    for i in numbers_of(data.train_categories, kind):
+        first.setdefault(parts[i], i)
     return list(first.values())[:count]
 
 
@@ -173,9 +173,14 @@ def moves_in_words(tolerated, photos):
     most = {name: max(value for value, _ in steps) for name, steps in STEPS.items()}
     tried = (f"{100 * most['shift']:.2g} %, {most['degrees']:g} degrees and "
              f"{100 * most['darker']:.0f} %")
+
+    def up_to(name, unit, scale=100):
+        value = tolerated[name] or least[name]
+        below = "" if tolerated[name] else "less than "
+        return f"{below}{scale * value:.2g}{unit}"
+
     return (f"Tried on {photos} of the photos: at least four in five pass if the "
-            f"camera moves by {100 * tolerated['shift']:.2g} % of the picture or turns "
-            f"by {tolerated['degrees']:g} degrees, or if the light is "
-            f"{100 * tolerated['darker']:.0f} % less or "
-            f"{100 * tolerated['brighter']:.0f} % more. (More than {tried} was not "
-            "tried.)")
+            f"camera moves by {up_to('shift', ' %')} of the picture or turns by "
+            f"{up_to('degrees', ' degrees', 1)}, or if the light is "
+            f"{up_to('darker', ' %')} darker or {up_to('brighter', ' %')} brighter. "
+            f"(More than {tried} was not tried.)")

@@ -45,6 +45,7 @@ PLACE = re.compile(r"""(?: (?P<kind>[^/]+) / )??    # tried without a kind first
         (?: / (?P<image>[^/]+) )?                   # MVTec LOCO's folder for each image
     ) / [^/]+""", re.VERBOSE | re.IGNORECASE)
 
+GOOD = ("good", "ok", "normal")
 HEIC = {".heic", ".heif", ".hif"}                   # read if pillow-heif is installed
 NO_PHOTOS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}  # known by name only
 
@@ -92,6 +93,13 @@ def name_some(names, most=3):
     return ", ".join(names[:most]) + more
 
 
+def print_any_name():
+    """Let names in any script be printed, also by a terminal that knows a few."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say(names, one, many):
     """Print a line that counts and names what is passed over, if there is anything."""
     if names:
@@ -103,7 +111,7 @@ def say(names, one, many):
 
 @contextlib.contextmanager
 def opened(source):
-    """A file, a Pillow image or an array as a Pillow image.
+    """A path, an open file, a Pillow image or an array as a Pillow image.
 
     Whatever Pillow objects to becomes a ValueError that names the file.
     """
@@ -114,9 +122,10 @@ def opened(source):
         if isinstance(source, Image.Image):
             yield source
         else:
-            name = printable(source)
-            if Path(source).is_fifo():              # reading would wait for ever
-                raise ValueError("it is a pipe, not a file")
+            if not hasattr(source, "read"):
+                name = printable(source)
+                if Path(source).is_fifo():          # reading would wait for ever
+                    raise ValueError("it is a pipe, not a file")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with Image.open(source) as image:
@@ -180,7 +189,10 @@ def find_white(largest):
 
 
 def to_rgb(image, white, background):
-    """A Pillow image, upright, in RGB of 8 bits, laid on the background."""
+    """A Pillow image, upright, in RGB of 8 bits, laid on the background.
+
+    white: see `read_photo`.
+    """
     # A phone's MPO has a preview as a second page. Of other files, which page is meant?
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise ValueError(f"{image.n_frames} pages; save each as a file of its own")
@@ -195,6 +207,9 @@ def to_rgb(image, white, background):
         values = np.asarray(image, np.float32)
         if not (values.min() >= 0 and values.max() < math.inf):
             raise ValueError("negative or infinite values")
+        if white == 0:
+            raise ValueError("it has 16 or 32 bits, and those learned have 8; save it "
+                             "with 8")
         white = white or find_white(values.max()) or 1
         values = (values / white * 255).clip(0, 255).round()
         image = Image.fromarray(values.astype(np.uint8))
@@ -205,10 +220,11 @@ def to_rgb(image, white, background):
 
 
 def read_photo(source, size, white=None):
-    """A file, a Pillow image or an array -> Photo, squeezed to size x size pixels.
+    """A path, an open file, a Pillow image or an array -> Photo of size x size pixels.
 
-    white: of 16 and 32 bits the value that becomes 255, or None, see `find_white`.
-    Raises ValueError, which names the file, for what is no photo.
+    white: of 16 and 32 bits the value that becomes 255, see `find_white`. None finds it
+    for this photo alone, and 0 refuses photos of so many bits. Raises ValueError, which
+    names the file, for what is no photo.
     """
     with opened(source) as image:
         image = to_rgb(image, white, "white")
@@ -247,8 +263,8 @@ def list_images(paths):
             for name in sorted({*names} - own):
                 image = Path(name).suffix.lower() in SUFFIXES
                 (found if image else other).append(Path(folder, name))
-    say(other, "1 file is no image, and is passed over",
-        "files are no images, and are passed over")
+    say(other, "1 file is no image by the end of its name, and is passed over",
+        "files are no images by the ends of their names, and are passed over")
     return found + [Path(error.filename) for error in closed]
 
 
@@ -318,11 +334,16 @@ def sort_files(root):
         check_one_folder(kind.normals)
         check_one_folder(kind.good)
     if not found:
-        there = name_some([path.name for path in sorted(root.glob("*"))], 8)
+        there = sorted(root.glob("*"))
+        names = name_some([path.name for path in there], 8)
+        advice = ("Photos in folders of other names, such as one a day, go into one "
+                  "folder together")
+        for path in there:
+            if path.is_dir() and path.name.lower() in GOOD:
+                advice = f"Learn the good ones: photos/learn.py {printable(path)}"
         raise FileNotFoundError(
             f"there are no photos of good parts in {printable(root)}, expected as\n"
-            f"{LAYOUT}\nfound there: {there or 'nothing'}. Photos in folders of other "
-            "names, such as one a day, go into one folder together")
+            f"{LAYOUT}\nfound there: {names or 'nothing'}. {advice}")
     return found
 
 
@@ -349,7 +370,7 @@ def read_folder(root, size):
         test += [(path, name, 1) for path in kind.bad]
         masks[name] = kind.masks
     white = white_of([path for path, _, _ in train])
-    photos = read_all([path for path, _, _ in train + test], size, white)
+    photos = read_all([path for path, _, _ in train + test], size, white or 0)
     keys = {path: content_key(photo.pixels) for path, photo in photos.items()}
     train, test = usable(train, test, keys)
     if not train:

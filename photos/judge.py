@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where evaluate
 import evaluate as ev
 from data import resize, to_float, with_progress
 from photos.alike import (appearance, has_another_shape, how_they_differ, looks_of,
-                          nearest_look)
-from photos.images import content_key, list_images, name_some, printable, read_photo
+                          nearest_look, numbers_of)
+from photos.images import (content_key, list_images, name_some, print_any_name,
+                           printable, read_photo)
 from photos.page import Row, lay_over, write_page
 
 NORMAL, ANOMALOUS, NO_VERDICT, INTERRUPTED = 0, 10, 2, 130      # exit statuses
@@ -104,10 +105,10 @@ class Judge:
         return kind
 
     def __call__(self, images, kind=None):
-        """A Verdict for a path, a Pillow image or an array (H, W, 3) uint8.
+        """A Verdict for a path, an open file, a Pillow image or an array (H, W, 3).
 
-        For a list of these, a list. Raises ValueError, which names the file, for what
-        is no photo.
+        For a list of these, a list. Arrays are uint8. Raises ValueError, which names
+        the file, for what is no photo.
         """
         if not isinstance(images, (list, tuple)):
             return self([images], kind)[0]
@@ -121,12 +122,14 @@ class Judge:
         return verdicts
 
     def read(self, source):
-        """A file, a Pillow image or an array -> images.Photo, as the model sees it."""
+        """What `__call__` takes -> images.Photo, as the model sees it."""
         channels, side, _ = self.state["image"]
         # Images of train.py's own data sets are padded or gray.
         mnist = self.config["dataset"] in ("mnist", "fashion_mnist")
         size = 28 if mnist and side == 32 else side
-        photo = read_photo(source, size, self.config.get("white"))
+        # Where photos of 8 bits were learned, nothing says what is white in others.
+        white = self.config.get("white", 0 if self.learned else None)
+        photo = read_photo(source, size, white)
         pixels = resize(photo.pixels[None], side)[0]
         if channels == 1:
             pixels = pixels.float().mean(0, keepdim=True).round().byte()
@@ -192,7 +195,7 @@ class Judge:
         scores = self.calibration.scores[kind][:photos]
         above = int((scores > limit).sum())
         return (f"Threshold {limit:.4g}, as given. {above} of the {photos} good photos "
-                "by which learning sets one exceed it.")
+                "that set the learned threshold exceed this one.")
 
 
 def heat_map_of(errors, kind, limit, c, calibration):
@@ -234,16 +237,17 @@ def promise(photos, fpr, different, of_kinds="", apart=False):
     """
     or_more = "" if apart or different == photos else ", or more"
     needed = ev.images_needed(fpr)
+    together = ", of all kinds together," if of_kinds else ""
     by = f"{photos} good photo{'s' * (photos != 1)}{of_kinds}"
     if different < photos:
         by += f" that show about {different} different part{'s' * (different != 1)}"
     if different >= needed:
-        return (f"About {percent(fpr)} of new good parts will exceed it{or_more}. (It "
-                f"was set by {by}.)")
+        return (f"About {percent(fpr)} of new good parts{together} will exceed it"
+                f"{or_more}. (It was set by {by}.)")
     return (f"It was set by {by}. These are too few to promise {percent(fpr)}: about "
-            f"{percent(1 / (different + 1))} of new good parts may exceed it{or_more}. "
-            f"For {percent(fpr)}, photos of at least {needed} different parts are "
-            "needed.")
+            f"{percent(1 / (different + 1))} of new good parts{together} may exceed it"
+            f"{or_more}. For {percent(fpr)}, photos of at least {needed} different "
+            "parts are needed.")
 
 
 def percent(share):
@@ -468,7 +472,7 @@ def differences(judge, seen):
     for kind, looks in seen.appearances.items():
         if len(looks) < ENOUGH:
             continue
-        own = [i for i, other in enumerate(judge.learned["kinds"]) if other == kind]
+        own = numbers_of(judge.learned["kinds"], kind)
         learned = judge.learned["appearance"][own]
         for word in how_they_differ(torch.stack(looks), learned):
             if word not in words:
@@ -572,8 +576,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):             # names in any script
-        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+    print_any_name()
     try:
         status = run_command(args)
     except (ValueError, OSError, RuntimeError) as error:

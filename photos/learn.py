@@ -9,6 +9,7 @@ replaced when the new one is complete, and not before.
 """
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -25,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # where train.py
 import evaluate as ev
 import train
 from data import split, to_float
-from photos.alike import appearance, aspect, looks_of, nearest_look
+from photos.alike import appearance, aspect, looks_of, nearest_look, numbers_of
 from photos.copies import (NEAREST_ARE_TURNED, add_copies, different_parts,
                            moves_in_words, tolerated_moves)
-from photos.images import name_some, printable, read_folder, read_photo
+from photos.images import (name_some, print_any_name, printable, read_folder,
+                           read_photo)
 from photos.judge import heat_map_of, promise_of
 from photos.page import Row, embedded, lay_over, write_page
 
@@ -43,30 +45,31 @@ ON_PAGE = 60                            # photos on learned.html, those that fit
 RATES = (0.2, 0.1, 0.05, 0.02, 0.01)    # of false alarms, in the table of what is found
 RULE = 2                                # raise it where the same photos would now set
                                         # another threshold
+OPTIONS = {"fpr": "--false-alarms"}     # where an option's name is not that of its key
 # Each learning adds files to the features that are kept. 1 GiB holds those of about
 # 1,000 photos with their moved copies, and no laptop misses it.
 FEATURES_LIMIT = 2 ** 30                # bytes
 
 
-def config_for(model, given):
+def config_for(given):
     """The config of a model of train.py for photos. given: keys that replace it."""
+    model = given.get("model", "nearest")
     config = {"dataset": "photos", "model": model}
     if model == "nearest":
         config |= NEAREST
     elif model not in ("ae", "pca"):
         config["backbone"] = NEAREST["backbone"]
-    return config | {key: value for key, value in given.items() if value is not None}
+    return config | given
 
 
-def learn(folder, out=None, model="nearest", again=False, command="photos.learn",
-          **given):
+def learn(folder, out=None, again=False, command="photos.learn", **given):
     """Learn the photos in a folder -> the run's path.
 
-    out: the run's folder, by default runs/<name of the folder>. model: one of
-    train.py's. again: learn even where nothing has changed. given: keys of train.py's
-    config. Raises FileNotFoundError where there are no photos, ValueError where they,
-    or the options, cannot be used, or where another learning has written the run
-    meanwhile.
+    out: the run's folder, by default runs/<name of the folder>. again: learn even where
+    nothing has changed. given: keys of train.py's config, such as model="pca", or
+    fpr=.01 for 1 % of false alarms. Those that were given the last time are kept.
+    Raises FileNotFoundError where there are no photos, ValueError where they, or the
+    options, cannot be used, or where another learning has written the run meanwhile.
     """
     started, folder = time.monotonic(), Path(folder)
     out = Path(out or Path("runs", folder.resolve().name))
@@ -77,14 +80,14 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
     if fpr is not None and not 0 < fpr < 1:
         raise ValueError(f"--false-alarms {fpr:g}: expected a share between 0 and 1, "
                          "such as .05 for 5 %")
-    c = config_for(model, given) | {"out": str(out), "pictures": False}
-    c = train.with_defaults(c)
     stamp, before = stamp_of(out), earlier(out, again)
+    given = given_or_kept(given, before, folder)
+    c = config_for(given) | {"out": str(out), "pictures": False}
+    c = train.with_defaults(c)
     photos = read_folder(folder, c["image_size"])
     print_folder(photos, c["model"])
-    if model == "nearest" and len(photos.files) == 1:
-        raise ValueError("a single photo cannot set a threshold: add photos. 19 are "
-                         "the least for 5 % of false alarms")
+    if c["model"] == "nearest":
+        check_counts(photos.data.train_categories)
     if before and not again:
         check_folder(before, out, folder, photos)
         if same_choice(before, c, photos):
@@ -94,7 +97,7 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
             return out
 
     try:
-        rows, lines = make_run(c, photos, out, before, stamp, command)
+        rows, lines = make_run(c, given, photos, out, before, stamp, command)
     except KeyboardInterrupt:
         print("\nnothing was replaced", file=sys.stderr)
         raise
@@ -103,28 +106,59 @@ def learn(folder, out=None, model="nearest", again=False, command="photos.learn"
     return out
 
 
-def make_run(c, photos, out, before, stamp, command):
+def given_or_kept(given, before, folder):
+    """The options that are given, and those that were given the last time.
+
+    They are those of train.py's config, None where the command line has none. Nothing
+    is kept of a run of another folder. With another model only fpr is kept.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    learned = before["photos"] if before else {}
+    kept = {}
+    if learned and Path(learned["folder"]).resolve() == folder.resolve():
+        kept = learned.get("given", {})
+    if given.get("model", kept.get("model")) != kept.get("model"):
+        kept = {key: value for key, value in kept.items() if key == "fpr"}
+    kept = {key: value for key, value in kept.items() if key not in given}
+    if kept:
+        words = " ".join(f"{OPTIONS.get(key, train.flag(key))} {value}"
+                         for key, value in kept.items())
+        print(f"As the last time: {words}. Give another value to change it.")
+    return kept | given
+
+
+def check_counts(kinds):
+    """ValueError where a kind has one photo: nothing tells how its parts differ."""
+    for kind in sorted(set(kinds)):
+        if kinds.count(kind) == 1:
+            raise ValueError(f"a single photo of {printable(kind)} cannot set a "
+                             "threshold: add photos, or take it out. 19 are the least "
+                             "for 5 % of false alarms")
+
+
+def make_run(c, given, photos, out, before, stamp, command):
     """Learn the photos, and put the run in its place -> Rows of its page, lines.
 
-    before, stamp: the run that is there, see `earlier` and `stamp_of`.
+    given: the options to keep. before, stamp: the run that is there, see `earlier` and
+    `stamp_of`.
     """
     c, data = prepare(c, photos)
     out.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".learning-", dir=out))
+    draft = Path(tempfile.mkdtemp(prefix=".learning-", dir=out))
     try:
-        there = c | {"out": str(part)}
+        there = c | {"out": str(draft)}
         record = train.run(there, data=data, command=command, report=False)
         if record["interrupted"]:           # some epochs are learned: not all, so none
             raise KeyboardInterrupt
-        state, model, inputs = complete(part, out, photos, data, record)
+        state, model, inputs = complete(draft, out, given, photos, data, record)
         rows = rows_of(state, model, photos, inputs)
         lines = after_learning(state, model, record, data, inputs, before)
-        torch.save(state, part / "model.pt")
+        torch.save(state, draft / "model.pt")
         title = f"What was learned from {printable(photos.root)}"
-        write_page(part / "learned.html", title, lines, rows)
-        replace_run(part, out, stamp)
+        write_page(draft / "learned.html", title, lines, rows)
+        replace_run(draft, out, stamp)
     finally:
-        shutil.rmtree(part, ignore_errors=True)         # of this learning alone
+        shutil.rmtree(draft, ignore_errors=True)        # of this learning alone
         with contextlib.suppress(OSError):              # nothing else is in it
             out.rmdir()
     return rows, lines
@@ -142,7 +176,7 @@ def prepare(c, photos):
         print_turned(shares)
         tokens = len(data.train) * (c["image_size"] // c["grid_stride"]) ** 2
         c["coreset"] = min(c["coreset"], BANK_TOKENS / tokens)
-    if c["model"] == "pca":                         # of few photos there are no more
+    if c["model"] == "pca":             # of N photos there are N components at most
         trained = split(data.train_classes, c["seed"], c["fpr"])[0]
         c["components"] = min(c["components"], len(trained))
     return c, data
@@ -156,21 +190,23 @@ def left_out_together(parts, kinds):
     """
     numbers = list(parts)
     for kind in set(kinds):
-        members = [i for i, other in enumerate(kinds) if other == kind]
+        members = numbers_of(kinds, kind)
         if len({parts[i] for i in members}) == 1:
             for i in members:
                 numbers[i] = len(parts) + i         # no part has such a number
     return torch.tensor(numbers)
 
 
-def complete(part, out, photos, data, record):
+def complete(draft, out, given, photos, data, record):
     """Add to a run what judging photos needs -> state, model, Inputs."""
-    state, model = ev.load_run(part, record["config"]["device"])
+    state, model = ev.load_run(draft, record["config"]["device"])
     inputs = ev.open_data(state["config"], record["config"]["device"], state, data)[1]
-    state["config"]["out"] = str(out)
+    state["config"]["out"] = record["config"]["out"] = str(out)
+    text = json.dumps(record, indent=1, allow_nan=False)
+    (draft / "run.json").write_text(text + "\n")
     state["photos"] = {
         "folder": str(photos.root), "files": photos.files, "keys": photos.keys,
-        "tests": photos.tests,
+        "tests": photos.tests, "given": given,
         "kinds": data.train_categories, "shapes": list(map(list, photos.shapes)),
         "appearance": appearance(data.train), "rule": RULE}
     state["photos"]["different"] = count_different(state, photos.parts)
@@ -180,7 +216,7 @@ def complete(part, out, photos, data, record):
 
 # ---- the run on disk ----
 
-def earlier(out, again=False):
+def earlier(out, again):
     """The state of a run of photos that is in the folder `out`, or None.
 
     again: one that is damaged or of an older version counts as none.
@@ -206,13 +242,14 @@ def stamp_of(out):
     return None
 
 
-def replace_run(part, out, stamp):
+def replace_run(draft, out, stamp):
     """Move what was learned to its place. ValueError: another learning was first."""
     if stamp_of(out) != stamp:
         raise ValueError(f"another learning has written {out} meanwhile: it is left as "
                          "it is. Name another folder by --out, or learn again")
-    for name in ("run.json", "learned.html", "model.pt"):   # the last is what counts
-        os.replace(part / name, out / name)
+    # model.pt comes last: with it the run is replaced.
+    for name in ("run.json", "learned.html", "model.pt"):
+        os.replace(draft / name, out / name)
 
 
 def check_folder(before, out, folder, photos):
@@ -227,6 +264,7 @@ def check_folder(before, out, folder, photos):
 def same_choice(before, c, photos):
     """Whether a saved run has learned the same photos in the same way."""
     old, learned = before["config"], before["photos"]
+    # What depends on the machine, or is filled in when the photos are known.
     settled = ("device", "out", "epochs", "eval_every", "amp", "coreset", "components")
     same_photos = sorted(zip(learned["keys"], learned["kinds"])) == sorted(
         zip(photos.keys, photos.data.train_categories))
@@ -341,7 +379,7 @@ def print_folder(photos, model):
     """What was found, and the doubts that the photos alone give."""
     data = photos.data
     for kind in sorted(set(data.train_categories)):
-        members = [i for i, other in enumerate(data.train_categories) if other == kind]
+        members = numbers_of(data.train_categories, kind)
         labels = data.labels[ev.is_of(data.categories, kind)].tolist()
         line = (f"{printable(kind)}: {len(members):,} photo{'s' * (len(members) != 1)} "
                 "of good parts")
@@ -565,7 +603,7 @@ def parser():
     add("--out", help="the run's folder (default: runs/NAME-OF-THE-FOLDER)")
     add("--false-alarms", type=float, metavar="SHARE", dest="fpr",
         help="the share of good parts that may be called anomalous (default: .05)")
-    add("--model", choices=train.DEFAULTS, default="nearest",
+    add("--model", choices=train.DEFAULTS,
         help="what learns (default: nearest)")
     add("--backbone", help="the frozen CNN (default: efficientnet_lite2)")
     add("--image-size", type=int,
@@ -580,8 +618,7 @@ def parser():
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     args = vars(parser().parse_args(argv))
-    for stream in (sys.stdout, sys.stderr):             # names in any script
-        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+    print_any_name()
     try:
         learn(**args, command=shlex.join(["python", "photos/learn.py", *argv]))
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:

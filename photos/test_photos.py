@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -169,14 +170,13 @@ def test_every_kind_of_image_becomes_three_channels_of_eight_bits():
     for name in ("L.png", "L.gif", "L.tif", "line\nbreak $x$.png", "\udcff.bmp"):
         image.save(name)
     for top, kind in ((1, "float32"), (255, "int32"), (255, "float32"),
-                      (1023, "uint16"),
-                      # 10, 12 bits in files of 16
-                      (4095, "uint16"), (65535, "uint16")):
+                      # 10 and 12 bits come in files of 16.
+                      (1023, "uint16"), (4095, "uint16"), (65535, "uint16")):
         scaled = gray * (top / 255) if top == 1 else (gray * (top / 255)).round()
         Image.fromarray(scaled.astype(kind)).save(f"{top} {kind}.tif")
     image.convert("P").save("P.bmp")
     Image.merge("CMYK", [ink, ink, ink, black]).save("CMYK.tif")
-    # transparent is white
+    # Black pixels, as transparent as `image` is bright, lie on white.
     Image.merge("RGBA", [black, black, black, ink]).save("RGBA.tiff")
     image.transpose(Image.Transpose.ROTATE_90).save("turned.tif", tiffinfo={0x0112: 6})
     expected = torch.tensor(gray).expand(3, -1, -1)
@@ -196,6 +196,17 @@ def test_photos_of_16_bits_share_one_scale_which_the_run_keeps_for_new_ones():
     assert Judge("runs/good").read(dim).pixels.max() < 20  # not brought to full scale
     assert [images.find_white(x) for x in (0, 1.04, 255, 256, 65535)] == [
         None, 1.0, 255.0, 1023.0, 65535.0]
+
+
+def test_a_photo_of_16_bits_is_refused_where_photos_of_8_were_learned(learned_once):
+    take(learned_once, "pca")
+    save(Image.fromarray(np.full((64, 64), 999, np.uint16)), "new/deep.tif")
+    text = call(judge.main, "runs/good new --no-page", 2)
+    assert "deep.tif cannot be read (it has 16 or 32 bits" in text
+    make_set("bolt")
+    shutil.copy("new/deep.tif", "set/bolt/test/good/deep.tif")
+    found, text = said(read_folder, "set", 16)
+    assert "deep.tif cannot be read" in text and len(found.data.test) == 8
 
 
 def test_transparent_parts_are_white_whatever_color_is_hidden_under_them():
@@ -240,7 +251,7 @@ def test_whatever_pillow_reads_is_found_in_a_folder():
     Path("good/notes.txt").touch()
     found, text = said(read_folder, "good", 16)
     assert len(found.files) == len(kinds)
-    assert "1 file is no image, and is passed over" in text
+    assert "1 file is no image by the end of its name" in text
     assert ".heic" in images.SUFFIXES
 
 
@@ -301,6 +312,9 @@ def test_good_photos_have_other_names_too_and_what_is_ambiguous_is_refused():
     Path("none/deep").mkdir(parents=True)
     refused("no photos of good parts in none, expected(.*\n)*found there: deep",
             read_folder, "none", 8)
+    make_photos("mine/OK", count=2)
+    make_photos("mine/bad", count=2)
+    refused("Learn the good ones: photos/learn.py mine/OK", read_folder, "mine", 8)
 
 
 def test_a_kind_whose_photos_cannot_be_read_is_left_out_with_its_test_photos():
@@ -395,7 +409,7 @@ def test_a_mask_marks_by_any_color_but_black_whatever_its_form_its_name_and_its_
     places = ("masks/hole/0.PNG", "GT/Hole/0/1.tif", "gt/hole/0.jpg",
               "mask/hole/0-label.png")
     found += [mask_of({place: sharp})[0] for place in places]
-    # MVTec LOCO
+    # MVTec LOCO has a folder of masks for each image.
     found.append(mask_of({"gt/hole/0/a.png": odd, "gt/hole/0/b.png": even})[0])
     for number, mask in enumerate(found):
         assert torch.equal(mask, torch.tensor(bar[::2, ::2] > 0)), number
@@ -638,7 +652,10 @@ def test_a_step_is_stood_while_at_most_a_fifth_of_the_photos_exceed_the_threshol
     assert stood["darker"] == 0.1 and stood["brighter"] == 0.1
     words = copies.moves_in_words(stood, 10)
     assert "moves by 1.6 % of the picture or turns by 4 degrees" in words
-    assert "the light is 10 % less or 10 % more" in words
+    assert "the light is 10 % darker or 10 % brighter" in words
+    words = copies.moves_in_words(dict(stood, shift=0, brighter=0), 10)
+    assert "moves by less than 0.39 % of the picture or turns by 4 degrees" in words
+    assert "10 % darker or less than 5 % brighter" in words
 
     # Nothing but the photos as they are is stood, or not even they.
     def changed(images):
@@ -657,7 +674,11 @@ def test_a_step_is_stood_while_at_most_a_fifth_of_the_photos_exceed_the_threshol
 
 def test_a_single_photo_sets_no_threshold_and_learning_says_what_is_missing():
     make_photos(count=1)
-    assert "a single photo cannot set a threshold" in call(learn.main, "good", 2)
+    expected = "a single photo of good cannot set a threshold"
+    assert expected in call(learn.main, "good", 2)
+    make_photos("set/a/train/good", count=1)                # nor that of one kind
+    make_photos("set/b/train/good", count=3)
+    assert "a single photo of a cannot" in call(learn.main, "set", 2)
 
 
 @pytest.mark.parametrize("count", (2, 5, 19))
@@ -727,6 +748,27 @@ def test_learning_again_takes_in_new_photos_and_says_what_has_changed(learned_on
     call(learn.main, "good --again")
 
 
+def test_learning_again_keeps_the_options_that_were_given_the_last_time():
+    make_photos()
+    call(learn.main, "good --model pca --false-alarms .2")
+    make_photos(count=2, start=50)
+    text = call(learn.main, "good")
+    assert "As the last time: --false-alarms 0.2 --model pca." in text
+    assert "About 20 % of new good parts" in text and "another model" not in text
+    assert "Nothing is new" in call(learn.main, "good")
+    record = json.loads(Path("runs/good/run.json").read_text())
+    assert record["config"]["out"] == "runs/good"
+    assert (record["config"]["model"], record["config"]["fpr"]) == ("pca", 0.2)
+    # What is given anew counts. With another model the model's own options are left.
+    assert "As the last time" not in call(
+        learn.main, "good --model pca --false-alarms .3")
+    text = call(learn.main, "good --model nearest")
+    assert "As the last time: --false-alarms 0.3." in text
+    # A run of another folder of this name is replaced with all of its options.
+    make_photos("other/good", start=100)
+    assert "As the last time" not in call(learn.main, "other/good --again")
+
+
 def test_new_photos_to_test_by_are_learning_s_business_too():
     make_set("bolt")
     call(learn.main, "set --model pca")
@@ -743,6 +785,7 @@ def test_few_photos_of_two_kinds_set_one_threshold_and_that_is_said():
         make_photos(f"set/{kind}/train/good", count=12, start=40 * (kind == "b"))
     text = call(learn.main, "set")
     assert text.count("by 24 good photos of all kinds") == 2
+    assert text.count("of new good parts, of all kinds together, will exceed it") == 2
     assert "by 24 good photos of all kinds" in judged("runs/set set/a --no-page")
 
 
@@ -995,7 +1038,7 @@ def test_the_peak_lies_at_what_made_a_photo_anomalous_not_where_parts_differ_any
     def photo(seed, defect):
         draw = np.random.default_rng(seed)
         pixels = np.full((64, 64, 3), 90.0)
-        # another number on each part
+        # In one corner the parts differ anyhow, as where each has a number.
         pixels[:24, :24] = draw.uniform(0, 255, (24, 24, 1))
         pixels += draw.normal(0, 2, pixels.shape)
         if defect:
@@ -1210,8 +1253,12 @@ def test_the_examples_of_the_readme_run():
     exec(server.removesuffix(start), names)
     service = names["HTTPServer"](("127.0.0.1", 0), names["Inspector"])
     names["Inspector"].log_message = lambda *_: None
+    bomb = io.BytesIO()
+    Image.new("1", (2 ** 15, 2 ** 14)).save(bomb, "PNG")    # too large to be read
     for body, status, words in ((Path("new_images/000.png").read_bytes(), 200, b"true"),
-                                (b"no photo", 400, b"cannot be read")):
+                                (b"no photo", 400, b"cannot be read"),
+                                (b"", 400, b"cannot be read"),
+                                (bomb.getvalue(), 400, b"Make it smaller")):
         threading.Thread(target=service.handle_request).start()
         url = f"http://127.0.0.1:{service.server_port}"
         try:

@@ -46,8 +46,8 @@ class CosineToken(NearestToken):
     is the error between these.
     """
 
-    def solve(self, features, images=None, candidates=None):
-        super().solve(unit(features), images, candidates)
+    def solve(self, features, parts=None, candidates=None):
+        super().solve(unit(features), parts, candidates)
 
     def forward(self, features, leave_out=None):
         f = unit(features)
@@ -87,7 +87,7 @@ def measure(setting, product, draw, data_dir):
         for module, name, value in replaced:
             stack.enter_context(mock.patch.object(module, name, value))
         out = f"runs/choices/{setting.replace(' ', '-')}-{product}-{draw}"
-        config = learn.config_for("nearest", given)
+        config = learn.config_for(given)
         c = train.with_defaults(config | {"out": out, "pictures": False})
         photos = read_folder(folder_of(product, draw, data_dir), c["image_size"])
         c, data = learn.prepare(c, photos)

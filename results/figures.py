@@ -238,31 +238,38 @@ def route(out, runs, data_dir=None):
 
     For each run and category: |d f_hat_i / d f_j| of each token j, the norm over all
     channels, averaged over four normal test images. The square is the mask's window
-    around i. Its share of all squared influence, and that of i alone, stand above.
+    around i. Its share of all squared influence, and that of i alone, stand above. So
+    does how well the run has learned images that it has not seen, see `over_mean_map`.
     """
     sys.path.insert(0, str(ROOT))
     import evaluate as ev                           # here alone: it takes seconds
-    maps = {}
+    maps, errors = {}, {}
     for run in runs:
         state, model = ev.load_run(run)
         c = {**state["config"], "data_dir": data_dir or state["config"]["data_dir"]}
         data, inputs, _ = ev.open_data(c, "cpu", state)
         for category in sorted(set(data.categories)):
             normal = ev.is_of(data.categories, category) & (data.labels == 0)
-            f = inputs.prepare(inputs.test[normal][:4])             # (4, C, g, g)
+            trained_on = ev.is_of(inputs.train_categories, category)
+            f = inputs.prepare(inputs.test[normal])                 # (B, C, g, g)
             name = f"{c['start']} start, {c['epochs']} epochs"
-            maps[name, category] = influence(model, f)
+            maps[name, category] = influence(model, f[:4])
+            mean_map = inputs.prepare(inputs.train[trained_on]).mean(0)
+            errors[name, category] = over_mean_map(model, f, mean_map)
     window = c["neighbors"]
     names, categories = (list(dict.fromkeys(part)) for part in zip(*maps))
-    figure = Figure((2.1 * len(categories), 2.5 * len(names) + 0.4),
+    figure = Figure((2.1 * len(categories), 2.7 * len(names) + 0.4),
                     layout="constrained")
     axes = figure.subplots(len(names), len(categories), squeeze=False)
     for line, name in zip(axes, names):
+        print(name)
         line[0].set_ylabel(name)
         for axis, category in zip(line, categories):
-            draw_influence(axis, maps[name, category], window, category)
+            title = f"{category}\n{errors[name, category]:.2f} of the mean map's error"
+            draw_influence(axis, maps[name, category], window, title)
     command = f"python results/figures.py route {out} {' '.join(map(str, runs))}"
-    figure.supxlabel("\n".join(textwrap.wrap(command, 130)), fontsize=7)
+    lines = textwrap.wrap(command, 140, break_on_hyphens=False)
+    figure.supxlabel("\n".join(lines), fontsize=7)
     figure.savefig(out, dpi=110)
 
 
@@ -283,16 +290,30 @@ def influence(model, f, draws=16):
     return (total / draws).numpy()
 
 
-def draw_influence(axis, squared, window, category):
+def over_mean_map(model, f, mean_map):
+    """The squared error of f_hat over that of the mean map, for all of f together.
+
+    f: features of images that were not trained on, (B, C, g, g). mean_map: the mean of
+    the training images' features, (C, g, g). A model that has learned no more than it
+    has about 1.
+    """
+    import torch
+    with torch.no_grad():
+        f_hat = torch.cat([model.eval()(part) for part in f.split(8)])
+    return float((f_hat - f).square().mean() / (mean_map - f).square().mean())
+
+
+def draw_influence(axis, squared, window, title):
     middle, radius = len(squared) // 2, window // 2
     near = slice(middle - radius, middle + radius + 1)
     share = squared[near, near].sum() / squared.sum()
     own = squared[middle, middle] / squared.sum()
-    print(f"{category}: of the window {share:.3f}, of the token itself {own:.3f}")
+    words = title.replace("\n", ": ")
+    print(f"{words}; of the window {share:.3f}, of the token itself {own:.3f}")
     axis.imshow(np.sqrt(squared), cmap="inferno")
     corner = middle - radius - 0.5
     axis.add_patch(Rectangle((corner, corner), window, window, fill=False, color="w"))
-    axis.set_title(f"{category}\nwindow {share:.0%}, itself {own:.0%}", fontsize=8)
+    axis.set_title(f"{title}\nwindow {share:.0%}, itself {own:.0%}", fontsize=8)
     axis.set(xticks=[], yticks=[])
 
 

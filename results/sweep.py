@@ -183,10 +183,15 @@ def train_and_measure(experiment, config, afresh):
     criterion = None                                # that of the config
     if not config.pop("log", True):
         criterion = WithoutLogarithm(config["eps"], config["over"], config["detach"])
+    lever = contextlib.nullcontext()
+    if "lever" in config:
+        import levers
+        lever = levers.pulled(config.pop("lever"))
     out = config["out"]
     command = f"python results/sweep.py {experiment}, its run {Path(out).name}"
     goes_on = not afresh and is_begun(train, config)
-    record = train.run(config, criterion=criterion, resume=goes_on, command=command)
+    with lever:
+        record = train.run(config, criterion=criterion, resume=goes_on, command=command)
     more = {}
     if experiment in WITH_PULL_AND_SPREAD:
         state, model = evaluate.load_run(out, record["config"]["device"])

@@ -30,6 +30,7 @@ import evening
 import experiments
 import figures
 import landscape
+import levers
 import pairs
 import sixty
 import steepness
@@ -76,9 +77,11 @@ def test_each_run_of_an_experiment_is_a_config_that_train_py_takes(name):
     # One run of each kind: all runs would take seconds.
     kinds = {str({**options, "normal": 0, "seed": 0}): options for options in runs}
     for options in kinds.values():
-        given = {key: value for key, value in options.items() if key != "log"}
+        own = ("log", "lever")                              # of sweep.py, not train.py
+        given = {key: value for key, value in options.items() if key not in own}
         config = train.with_defaults(given)
         assert given.items() <= config.items()
+        assert options.get("lever") in (None, *levers.LEVERS)
 
 
 def test_a_run_s_rows_are_those_of_its_run_json_with_pull_and_spread():
@@ -215,6 +218,85 @@ def test_pull_is_toward_the_nearest_training_image_and_spread_a_ratio_of_varianc
     close(found["spread"], 0.25)
 
 
+# ---- levers ----
+
+def masked_in(model):
+    """How many tokens the mask hides from each token on average, by attention."""
+    return {name: float((module.mask < 0).sum(1).float().mean())
+            for name, module in model.named_modules()
+            if isinstance(module, uniad.Attention)}
+
+
+@pytest.mark.parametrize("name", levers.LEVERS)
+def test_a_lever_changes_uniad_within_its_block_alone(name):
+    def trained():
+        torch.manual_seed(0)
+        model = UniAD(4, 14, dim=32, layers=1, hidden=8, start="two-step")
+        train.fit(model, features, ReconstructionLoss("l2"), epochs=1, batch_size=2,
+                  lr=0.01, optimizer="muon")
+        return [*model.state_dict().values()]
+
+    features = torch.randn(4, 4, 14, 14)
+    if name == "16 heads":                                  # the two-step start has 8
+        name = "4 heads"
+    before = trained()
+    with levers.pulled(name):
+        changed = trained()
+    assert not all(map(torch.equal, before, changed))
+    assert all(map(torch.equal, before, trained()))
+
+
+def test_a_mask_in_one_attention_hides_nothing_in_the_others():
+    kinds = {"encoder": "attention", "memory attention": "memory_attention",
+             "layer attention": "layer_attention"}
+    whole = masked_in(UniAD(4, 14, dim=32, layers=2))
+    for words, kind in kinds.items():
+        words = f"mask in {'the ' if words == 'encoder' else ''}{words}"
+        with levers.pulled(words):
+            hidden = masked_in(UniAD(4, 14, dim=32, layers=2))
+        for name, count in hidden.items():
+            assert count == (whole[name] if name.split(".")[-1] == kind else 0)
+
+
+def test_a_mask_grows_to_7_x_7_in_four_epochs_and_is_whole_when_judged():
+    sides = []
+    with levers.pulled("growing mask"):
+        model = UniAD(4, 14, dim=32, layers=1)
+        for _ in range(5):
+            attention = model.train().encoder[0].attention
+            sides.append(int((attention.mask[105] < 0).sum()) ** 0.5)   # row 7, column 7
+            model.eval()
+            assert int((attention.mask[105] < 0).sum()) == 7 * 7
+    assert sides == [1, 3, 5, 7, 7]
+
+
+def test_with_pre_norm_nothing_but_the_residual_passes_a_layer_of_zero_weights():
+    layer = uniad.EncoderLayer(32, 8, 8, 0.0, torch.zeros(9, 9))
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    x = torch.randn(2, 9, 32)
+    assert not torch.equal(layer(x, 0), x)
+    with levers.pulled("pre-norm"):
+        assert torch.equal(layer(x, 0), x)
+
+
+def test_positions_take_adam_s_steps_at_the_full_rate_or_those_of_muon():
+    def moved(optimizer):
+        torch.manual_seed(0)
+        model = UniAD(4, 14, dim=32, layers=1, jitter=0.0, dropout=0.0)
+        optim = optimizer(model.named_parameters(), lr=0.01, weight_decay=0.0)
+        before = model.rows.detach().clone()
+        model(f).square().mean().backward()
+        take_step(optim, model, 0.01, 0.0, False)
+        return model.rows.detach() - before
+
+    f = torch.randn(2, 4, 14, 14)
+    close(moved(train.Muon).abs().median(), 0.01 / 20, 1e-5)
+    close(moved(levers.FastPositions).abs().median(), 0.01, 1e-4)
+    sizes = torch.linalg.svdvals(moved(levers.MuonMovesPositions)) / 0.01
+    assert (sizes < 1.2).all() and (sizes > 0.6).float().mean() > 0.7
+
+
 # ---- tables and figures ----
 
 def write_results(rows, monkeypatch):
@@ -316,6 +398,14 @@ def test_influence_is_the_squared_slope_of_the_middle_token_by_each_token():
     assert not others.any()
     close(squared[2, 2] / 200, 1, 0.05)                     # C, of random directions
     close(squared[0, 0] / squared[2, 2], 9, 1e-5)
+
+
+def test_a_model_that_knows_the_mean_map_alone_has_all_of_its_error():
+    f, mean_map = torch.randn(9, 6, 5, 5), torch.randn(6, 5, 5)
+    knows_it = nn.Module()
+    knows_it.forward = lambda f: mean_map.expand_as(f)
+    close(figures.over_mean_map(knows_it, f, mean_map), 1)
+    assert figures.over_mean_map(nn.Identity(), f, mean_map) == 0
 
 
 def test_figures_draw_what_runs_make_of_the_same_images_and_their_history(monkeypatch):
