@@ -340,8 +340,8 @@ def sort_files(root):
                   "folder together")
         for path in there:
             if path.is_dir() and path.name.lower() in GOOD:
-                advice = "Learn the good ones: python photos/learn.py "
-                          f"{printable(path)}"
+                command = f"python photos/learn.py {printable(path)}"
+                advice = f"Learn the good ones: {command}"
         raise FileNotFoundError(
             f"there are no photos of good parts in {printable(root)}, expected as\n"
             f"{LAYOUT}\nfound there: {names or 'nothing'}. {advice}")
