@@ -148,10 +148,14 @@ def sides_of(rows, keys, metric, over):
     return sides
 
 
+def options_of(row):
+    """A row's options. They stand before its epoch."""
+    return list(itertools.takewhile(lambda key: key != "epoch", row))
+
+
 def differing(run, other):
-    """The options in which two rows differ. Options stand before the epoch."""
-    options = itertools.takewhile(lambda key: key != "epoch", run)
-    return [key for key in options if run[key] != other.get(key)]
+    """The options in which two rows differ."""
+    return [key for key in options_of(run) if run[key] != other[key]]
 
 
 def without_lamp(keys, values):
@@ -222,6 +226,9 @@ def cells_for(experiments, keys, metric="image_auroc", best_of=(), chosen_on="it
     rows = []
     for name in experiments:
         rows += [with_setting(row) for row in read(name)]
+    # Of several experiments, each row has the options of all, None where it lacks one.
+    options = dict.fromkeys(key for row in rows for key in options_of(row))
+    rows = [{**options, **row} for row in rows]
     for word, values in dict(where).items():
         option = word.removesuffix("!")
         if option not in rows[0]:

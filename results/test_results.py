@@ -335,7 +335,12 @@ def test_a_table_pairs_the_means_over_seeds_category_by_category(monkeypatch):
              "l1 | 0.5000 | 0.9000 | +0.4000 | 1 of 1 |  |")):
         assert line in call(tables.main, f"x --rows {command}").splitlines()[2], command
     assert Path("z.png").exists()
-    for wrong, words in (("y", "There are x"), ("x --rows lr", "no option lr"),
+    # Of two experiments, a run lacks the options that only the other one has.
+    Path("w.csv").write_text("# epochs=2\nnormal,category,lamp,seed,epoch,image_auroc\n"
+                             "3,3,False,0,2,.8\n3,3,True,0,2,.7\n")
+    text = call(tables.main, "w x --rows loss --where normal=3,seed=0")
+    assert "|  | 0.8000 | 0.7000 |" in text and "| l1 | 0.5000 | 0.9000 |" in text
+    for wrong, words in (("y", "There are w, x"), ("x --rows lr", "no option lr"),
                          ("x --where lr=1", "no lr"), ("x --where seed=9", "no run")):
         assert words in call(tables.main, wrong, 2)
 
