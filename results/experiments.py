@@ -343,16 +343,16 @@ def levers():
     """UniAD, other ways off the plateau than its start: each alone, five epochs"""
     short = dict(UNIAD, batch_size=8, epochs=5)
     both = ("pre-norm", "positions at full rate", "positions by Muon", "4 heads",
-            "growing mask", "mask in the encoder", "mask in memory attention",
-            "mask in layer attention")
+            "growing mask")
     for first in ("random", "two-step"):
         yield dict(short, start=first, lr=0.02)
-    for lever in both:
-        for first in ("random", "two-step"):
+        for lever in both:
             yield dict(short, start=first, lever=lever)
-    yield dict(short, start="random", lever="16 heads")
-    yield dict(short, start="two-step", lever="amplitude 1.5")
-    yield dict(short, start="two-step", lever="amplitude 6")
+    for lever in ("mask in the encoder", "mask in memory attention",
+                  "mask in layer attention", "16 heads"):
+        yield dict(short, start="random", lever=lever)
+    for lever in ("amplitude 1.5", "amplitude 6"):
+        yield dict(short, start="two-step", lever=lever)
 
 
 def separate():
