@@ -70,7 +70,7 @@ def grow_mask(self, training=True):
     return torch.nn.Module.train(self, training)
 
 
-# ---- heads, and the two-step start's waves ----
+# ---- heads ----
 
 def with_heads(count):
     original = uniad.UniAD.__init__
@@ -79,10 +79,6 @@ def with_heads(count):
         original(self, *args, heads=count, **options)
 
     return initialize
-
-
-def with_amplitude(amplitude):
-    return functools.partial(uniad.two_step_start, amplitude=amplitude)
 
 
 # ---- the positions' steps, else those of Adam at a twentieth of the rate ----
@@ -124,8 +120,9 @@ LEVERS = {
     "16 heads": [(uniad.UniAD, "__init__", with_heads(16))],
     "positions by Muon": [(train.OPTIMIZERS, "muon", MuonMovesPositions)],
     "positions at full rate": [(train.OPTIMIZERS, "muon", FastPositions)],
-    "amplitude 1.5": [(uniad, "two_step_start", with_amplitude(1.5))],
-    "amplitude 6": [(uniad, "two_step_start", with_amplitude(6.0))],
+    "amplitude 1.5": [
+        (uniad, "two_step_start",
+         functools.partial(uniad.two_step_start, amplitude=1.5))],
 }
 
 
