@@ -117,9 +117,11 @@ def given_or_kept(given, before, folder):
     kept = {}
     if learned and Path(learned["folder"]).resolve() == folder.resolve():
         kept = learned.get("given", {})
-    if given.get("model", kept.get("model")) != kept.get("model"):
+    model = kept.get("model", "nearest")
+    if given.get("model", model) != model:
         kept = {key: value for key, value in kept.items() if key == "fpr"}
-    kept = {key: value for key, value in kept.items() if key not in given}
+    kept = {key: value for key, value in kept.items()
+            if key not in (*given, "device")}
     if kept:
         words = " ".join(f"{OPTIONS.get(key, train.flag(key))} {value}"
                          for key, value in kept.items())
