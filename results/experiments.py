@@ -340,7 +340,7 @@ def start():
 
 
 def levers():
-    """UniAD, other ways off the plateau than its start: each alone, five epochs"""
+    """UniAD: does another change than its start take it off the plateau? each alone"""
     short = dict(UNIAD, batch_size=8, epochs=5)
     yield dict(short, start="random", lr=0.02)
     for lever in ("pre-norm", "positions at full rate", "positions by Muon", "4 heads",

@@ -1,13 +1,16 @@
-"""Levers: changes of UniAD that neither the paper nor uniad.py has, each tried alone.
+"""Levers: changes of UniAD that train.py has no option for, each tried alone.
 
-From random weights UniAD sticks on some products (results/uniad.md). The two-step start
-is one way off. These are others, which `python results/sweep.py levers` trains with:
+From random weights UniAD sticks on some products. The two-step start is a way off.
+Whether other changes are, too, `python results/sweep.py levers` has tried: none is
+(results/uniad.md). It trains like this:
 
     with levers.pulled("pre-norm"):
-        train.run(dict(model="uniad", ...))
+        train.run({"model": "uniad", "dataset": "mvtec", "start": "random",
+                   "out": "runs/pre-norm"})
 
 A lever replaces a function or a class of uniad.py or train.py, as long as the `with`
-block lasts. A larger learning rate needs no lever, it is an option.
+block lasts. The run is judged in there, too. Its folder does not say that there was a
+lever, so outside of the block it can neither be judged nor resumed.
 """
 import contextlib
 import functools
@@ -20,6 +23,9 @@ import train
 import uniad
 
 # ---- layer normalization before each block, not after it ----
+
+# The authors' code can do this as well, and differs a little: it has a learned layer
+# norm after the encoder, and does not normalize what the decoder layer before has made.
 
 def encode_pre_norm(self, x, position):
     """An encoder layer: (B, N, D) -> (B, N, D)."""
@@ -81,7 +87,7 @@ def with_heads(count):
     return initialize
 
 
-# ---- the positions' steps, else those of Adam at a twentieth of the rate ----
+# ---- faster positions: usually they take Adam's steps at a twentieth of the rate ----
 
 class MuonMovesPositions(train.Muon):
     """The positions are moved as Muon moves weights: two matrices (g, D/2)."""

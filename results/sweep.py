@@ -186,7 +186,7 @@ def train_and_measure(experiment, config, afresh):
     lever = contextlib.nullcontext()
     if "lever" in config:
         import levers
-        lever = levers.pulled(config.pop("lever"))
+        lever, afresh = levers.pulled(config.pop("lever")), True    # none is resumed
     out = config["out"]
     command = f"python results/sweep.py {experiment}, its run {Path(out).name}"
     goes_on = not afresh and is_begun(train, config)
