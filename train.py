@@ -87,8 +87,7 @@ def fit(model, inputs, criterion, targets=None, *, epochs=10, batch_size=32, lr=
             x = x.contiguous(memory_format=torch.channels_last)
             target = x if targets is None else targets[mine].to(device)
 
-            # Reconstruct it. Compare (Eq. 1, 2) in float32: bfloat16 would round the
-            # 1 - L' of LAMP too coarsely.
+            # Reconstruct it. Compare (Eq. 1, 2) in float32: bfloat16 rounds 1 - L'.
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 x_hat = network(x)
             loss = criterion(x_hat.float(), target) / target[0].numel()
