@@ -342,12 +342,13 @@ def start():
 def levers():
     """UniAD: does another change than its start take it off the plateau? each alone"""
     short = dict(UNIAD, batch_size=8, epochs=5)
-    yield dict(short, start="random", lr=0.02)
+    for first in ("random", "two-step"):
+        yield dict(short, start=first, lr=0.02)
     for lever in ("pre-norm", "positions at full rate", "positions by Muon", "4 heads",
                   "16 heads", "growing mask", "mask in the encoder",
                   "mask in memory attention", "mask in layer attention"):
         yield dict(short, start="random", lever=lever)
-    for lever in ("positions at full rate", "amplitude 1.5"):
+    for lever in ("pre-norm", "positions at full rate", "amplitude 1.5"):
         yield dict(short, start="two-step", lever=lever)
 
 
