@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections import defaultdict
@@ -340,8 +341,8 @@ def sort_files(root):
                   "folder together")
         for path in there:
             if path.is_dir() and path.name.lower() in GOOD:
-                command = f"python photos/learn.py {printable(path)}"
-                advice = f"Learn the good ones: {command}"
+                folder = shlex.quote(printable(path))
+                advice = f"Learn the good ones: python photos/learn.py {folder}"
         raise FileNotFoundError(
             f"there are no photos of good parts in {printable(root)}, expected as\n"
             f"{LAYOUT}\nfound there: {names or 'nothing'}. {advice}")

@@ -73,13 +73,7 @@ def learn(folder, out=None, again=False, command="photos.learn", **given):
     """
     started, folder = time.monotonic(), Path(folder)
     out = Path(out or Path("runs", folder.resolve().name))
-    if out.resolve() == Path(ev.FEATURE_CACHE).resolve():
-        raise ValueError(f"{out} keeps features of photos. Name another folder by "
-                         "--out")
-    fpr = given.get("fpr")
-    if fpr is not None and not 0 < fpr < 1:
-        raise ValueError(f"--false-alarms {fpr:g}: expected a share between 0 and 1, "
-                         "such as .05 for 5 %")
+    check_options(out, given.get("fpr"))
     stamp, before = stamp_of(out), earlier(out, again)
     given = given_or_kept(given, before, folder)
     c = config_for(given) | {"out": str(out), "pictures": False}
@@ -104,6 +98,16 @@ def learn(folder, out=None, again=False, command="photos.learn", **given):
     print(f"\nLearned in {time.monotonic() - started:.0f} s.", *lines, sep="\n")
     print_where(out, rows)
     return out
+
+
+def check_options(out, fpr):
+    """ValueError for a run's folder, or a share of false alarms, that cannot be."""
+    if out.resolve() == Path(ev.FEATURE_CACHE).resolve():
+        raise ValueError(f"{out} keeps features of photos. Name another folder by "
+                         "--out")
+    if fpr is not None and not 0 < fpr < 1:
+        raise ValueError(f"--false-alarms {fpr:g}: expected a share between 0 and 1, "
+                         "such as .05 for 5 %")
 
 
 def given_or_kept(given, before, folder):
@@ -599,7 +603,8 @@ def print_next(out):
 
 def parser():
     p = argparse.ArgumentParser(
-        description="Learn photos of good parts.", allow_abbrev=False)
+        description="Learn photos of good parts.", allow_abbrev=False,
+        epilog="Learning again keeps the options that were given the last time.")
     add = p.add_argument
     add("folder", help="photos of good parts; photos/README.md says how to lay it out")
     add("--out", help="the run's folder (default: runs/NAME-OF-THE-FOLDER)")

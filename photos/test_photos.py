@@ -314,7 +314,8 @@ def test_good_photos_have_other_names_too_and_what_is_ambiguous_is_refused():
             read_folder, "none", 8)
     make_photos("mine/OK", count=2)
     make_photos("mine/bad", count=2)
-    refused("Learn the good ones: python photos/learn.py mine/OK", read_folder, "mine", 8)
+    refused("Learn the good ones: python photos/learn.py mine/OK",
+            read_folder, "mine", 8)
 
 
 def test_a_kind_whose_photos_cannot_be_read_is_left_out_with_its_test_photos():

@@ -10,7 +10,7 @@ Whether other changes are, too, `python results/sweep.py levers` has tried: none
 
 A lever replaces a function or a class of uniad.py or train.py, as long as the `with`
 block lasts. The run is judged in there, too. Its folder does not say that there was a
-lever, so outside of the block it can neither be judged nor resumed.
+lever: outside of the block it would be taken for a plain UniAD, and judged wrongly.
 """
 import contextlib
 import functools

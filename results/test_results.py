@@ -261,7 +261,8 @@ def test_a_mask_grows_to_7_x_7_in_four_epochs_and_is_whole_when_judged():
         model = UniAD(4, 14, dim=32, layers=1)
         for _ in range(5):
             attention = model.train().encoder[0].attention
-            sides.append(int((attention.mask[105] < 0).sum()) ** 0.5)   # row 7, column 7
+            # Token 105 is that in row 7, column 7: its whole window is in the grid.
+            sides.append(int((attention.mask[105] < 0).sum()) ** 0.5)
             model.eval()
             assert int((attention.mask[105] < 0).sum()) == 7 * 7
     assert sides == [1, 3, 5, 7, 7]
